@@ -1,0 +1,479 @@
+"""Retrieval: encode, shortlist by the coarse vectors, re-rank by the fine tokens, count recall.
+
+Read beside TGDT, the part on two-stage inference. Stage 1 takes dot products of the global embeddings and keeps the
+best K of the corpus; stage 2 sorts those K by the mixed similarity, global + weight x local. Both directions work
+alike: an image is a query for captions, a caption is a query for images.
+
+    python retrieve.py evaluate RUN                    recall of a trained run, both directions
+    python retrieve.py search   RUN "a red ring"       the pictures that fit a caption best
+    python retrieve.py search   RUN --image FILE       the captions that fit a picture best
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import figures
+import losses
+import run as runs
+import scenes
+from data import BadInput
+
+QUERY_BLOCK = 256     # queries scored together in stage 1
+CORPUS_BLOCK = 65536  # corpus rows scored together in stage 1
+TOKEN_BUDGET = 2**26  # numbers gathered together in stage 2: 256 MB of float32
+
+# ------------------------------------------------------------------------------------------------------- encode
+
+
+@dataclass
+class Embeddings:
+    """N encoded pictures or captions.
+
+    kind: "image" or "text".  globals: [N, D] unit length.
+    tokens: [N, T, D] unit length, mask: [N, T] bool, the real ones; both None for a model without fine tokens.
+    """
+
+    kind: str
+    globals: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.globals)
+
+    def __getitem__(self, rows: slice | Tensor) -> Embeddings:
+        return Embeddings(
+            self.kind,
+            self.globals[rows],
+            None if self.tokens is None else self.tokens[rows],
+            None if self.mask is None else self.mask[rows],
+        )
+
+    def to(self, device: torch.device | str) -> Embeddings:
+        moved = (None if part is None else part.to(device) for part in (self.globals, self.tokens, self.mask))
+        return Embeddings(self.kind, *moved)
+
+
+@torch.inference_mode()
+def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind: str, count: int,
+           device: torch.device | str = "cpu", precision: str = "float32") -> Embeddings:
+    """Encode all pictures or all captions once; `batches` as from `data.image_batches` or `data.text_batches`.
+
+    kind is "image" or "text", count the number of rows over all batches, precision "float32" or "bfloat16" (the
+    network's; what comes back is float32). A batch's `image_index` or `caption_index` says where its rows go.
+    """
+    model.eval()
+    encode_batch, key = {"image": (model.encode_images, "image_index"), "text": (model.encode_texts, "caption_index")}[
+        kind]
+    done, rows = [], []
+    bar = tqdm(total=count, desc=f"encode {kind}s", unit=kind, leave=False, delay=2)
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with autocast(device, precision):
+            encoded = encode_batch(batch)
+        done.append(Embeddings(kind, encoded.globals.float(), encoded.tokens, encoded.mask))
+        rows.append(batch[key])
+        bar.update(len(batch[key]))
+    bar.close()
+    globals_ = done[0].globals.new_empty(count, done[0].globals.shape[1])
+    tokens = mask = None
+    if done[0].tokens is not None:
+        longest = max(part.tokens.shape[1] for part in done)
+        tokens = globals_.new_zeros(count, longest, done[0].tokens.shape[2])
+        mask = torch.zeros(count, longest, dtype=torch.bool, device=globals_.device)
+    for part, row in zip(done, rows, strict=True):
+        globals_[row] = part.globals
+        if tokens is not None:
+            tokens[row, : part.tokens.shape[1]] = part.tokens.float()
+            mask[row, : part.mask.shape[1]] = part.mask
+    return Embeddings(kind, globals_, tokens, mask)
+
+
+def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
+    """Mixed precision on `device` when precision is "bfloat16", nothing when it is "float32"."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+# --------------------------------------------------------------------------------------------- two-stage search
+
+
+@torch.inference_mode()
+def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight: float = 10.0,
+           words: str = "sum") -> tuple[Tensor, Tensor]:
+    """Two-stage retrieval (TGDT). Returns indices [Q, K] into the corpus and scores [Q, K], best first.
+
+    K is `shortlist`, or the corpus's size if that is smaller. Stage 1 ranks by the global embeddings; stage 2
+    re-ranks by global + weight x local, where `words` is as in `losses.local_similarity`. Without tokens, or with
+    weight 0, stage 1's order stands. Raises ValueError for an empty corpus or two of one kind.
+    """
+    if len(corpus) == 0:
+        raise ValueError("the corpus is empty: there is nothing to search in")
+    if shortlist < 1:
+        raise ValueError(f"a shortlist holds at least one candidate, not {shortlist}")
+    if queries.kind == corpus.kind:
+        raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one is to be image, the other text")
+    scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)))
+    if queries.tokens is None or corpus.tokens is None or weight == 0:
+        return indices, scores
+    step = max(1, TOKEN_BUDGET // (indices.shape[1] * corpus.tokens[0].numel()))
+    for start in range(0, len(queries), step):
+        block = slice(start, start + step)
+        local = shortlist_local(queries[block], corpus, indices[block], words)
+        scores[block] += weight * local
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return indices.gather(1, order), scores
+
+
+def nearest(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Stage 1: the k largest dot products of each query, [Q, k] scores and [Q, k] indices, best first.
+
+    queries [Q, D], corpus [N, D]. Works in blocks: the [Q, N] matrix never exists.
+    """
+    all_scores, all_indices = [], []
+    for query in queries.split(QUERY_BLOCK):
+        best = query.new_empty(len(query), 0)
+        index = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
+        for start in range(0, len(corpus), CORPUS_BLOCK):
+            scores = query @ corpus[start : start + CORPUS_BLOCK].T
+            here = torch.arange(start, start + scores.shape[1], device=query.device).expand(len(query), -1)
+            best, order = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + scores.shape[1]), dim=1)
+            index = torch.cat([index, here], 1).gather(1, order)
+        all_scores.append(best)
+        all_indices.append(index)
+    return torch.cat(all_scores), torch.cat(all_indices)
+
+
+def shortlist_local(queries: Embeddings, corpus: Embeddings, indices: Tensor, words: str = "sum") -> Tensor:
+    """Stage 2: the local similarity of each of q queries with its own k candidates, [q, k].
+
+    One matrix product a query: its tokens against the tokens of all its candidates.
+    """
+    tokens, mask = corpus.tokens[indices], corpus.mask[indices]                    # [q, k, T, D], [q, k, T]
+    dots = tokens.flatten(1, 2) @ queries.tokens.transpose(1, 2)                   # [q, k T, t]
+    dots = dots.view(*mask.shape, -1)                                              # [q, k, T, t]
+    if corpus.kind == "image":                                                     # T regions, t words
+        best = dots.masked_fill(~mask[..., None], float("-inf")).amax(2)           # [q, k, words]
+        word_mask = queries.mask[:, None]
+    else:                                                                          # T words, t regions
+        best = dots.masked_fill(~queries.mask[:, None, None], float("-inf")).amax(3)
+        word_mask = mask
+    total = best.masked_fill(~word_mask, 0).sum(2)
+    return total if words == "sum" else total / word_mask.sum(2).clamp(min=1)
+
+
+@torch.inference_mode()
+def local_matrix(images: Embeddings, texts: Embeddings, words: str = "sum") -> Tensor:
+    """The local similarity of every image with every caption, [images, captions], in blocks of captions."""
+    words_a_caption = texts.mask.shape[1]
+    step = max(1, TOKEN_BUDGET // (images.mask.numel() * max(1, words_a_caption)))
+    starts = tqdm(range(0, len(texts), step), desc="exhaustive local", unit="block", leave=False, delay=2)
+    return torch.cat([
+        losses.local_similarity(
+            images.tokens, images.mask, texts.tokens[at : at + step], texts.mask[at : at + step], words)
+        for at in starts
+    ], 1)
+
+
+# ------------------------------------------------------------------------------------------------ ranks, recall
+
+
+def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
+    """The rank of the best right answer of each query, 1 is first; [Q] long.
+
+    scores [Q, N]; query_image [Q] and corpus_image [N] tell which image a row belongs to, and an answer is right
+    when they agree. Among equal scores the truth ranks last, so that a constant similarity scores nothing; a NaN
+    counts as a lost comparison.
+    """
+    right = query_image[:, None] == corpus_image[None, :]
+    truth = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+    return (~(scores < truth) & ~right).sum(1) + 1
+
+
+def shortlist_ranks(indices: Tensor, scores: Tensor, query_image: Tensor, corpus_image: Tensor,
+                    stage1: Tensor) -> Tensor:
+    """Ranks after two stages: [Q] long, from `search`'s indices and scores [Q, K].
+
+    A query whose answer is not on its shortlist has missed it: it keeps its rank in stage 1 (`stage1` [Q] from
+    `ranks`), which is beyond K. (The released evaluator gives such a query rank 1.)
+    """
+    found = corpus_image[indices]
+    hit = (found == query_image[:, None]).any(1)
+    right = found == query_image[:, None]
+    truth = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+    within = (~(scores < truth) & ~right).sum(1) + 1
+    return torch.where(hit, within, stage1.clamp(min=indices.shape[1] + 1))
+
+
+def metrics(i2t: Tensor, t2i: Tensor) -> dict:
+    """Ranks of all image queries and of all caption queries -> R@1/5/10 in percent, median and mean rank, rsum."""
+    out = {}
+    for name, rank in (("i2t", i2t), ("t2i", t2i)):
+        rank = rank.double()
+        recalls = {f"r{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
+        out[name] = {**recalls, "median_rank": rank.quantile(0.5).item(), "mean_rank": rank.mean().item()}
+    out["rsum"] = sum(out[name][r] for name in ("i2t", "t2i") for r in ("r1", "r5", "r10"))
+    return out
+
+
+def recall(similarity: Tensor, image_of: Tensor) -> dict:
+    """The metrics of a whole similarity matrix [images, captions]; image_of [captions] is each caption's image."""
+    rows = torch.arange(len(similarity), device=similarity.device)
+    image_of = torch.as_tensor(image_of, device=similarity.device)
+    return metrics(ranks(similarity, rows, image_of), ranks(similarity.T, image_of, rows))
+
+
+@torch.inference_mode()
+def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist: tuple[int, int] = (50, 100),
+             weight: float = 10.0, words: str = "sum", exhaustive: bool = True) -> dict:
+    """Global only, exhaustive local, two-stage, and the mixed similarity without a shortlist: the metrics of each.
+
+    image_of [captions] long. shortlist: captions for an image, images for a caption. `exhaustive=False` leaves out
+    what needs every local similarity. Without tokens there is only "global". "seconds" says how long each took.
+    """
+    image_of = torch.as_tensor(image_of, device=images.globals.device)
+    rows = torch.arange(len(images), device=images.globals.device)
+    out, seconds, clock = {}, {}, Clock(images.globals.device)
+
+    dots = images.globals @ texts.globals.T
+    i2t, t2i = ranks(dots, rows, image_of), ranks(dots.T, image_of, rows)
+    out["global"], seconds["global"] = metrics(i2t, t2i), clock.lap()
+    if images.tokens is None:
+        return {**out, "seconds": seconds}
+    if exhaustive:
+        local = local_matrix(images, texts, words)
+        out["local"], seconds["local"] = recall(local, image_of), clock.lap()
+    after_i2t = shortlist_ranks(*search(images, texts, shortlist[0], weight, words), rows, image_of, i2t)
+    after_t2i = shortlist_ranks(*search(texts, images, shortlist[1], weight, words), image_of, rows, t2i)
+    out["two_stage"], seconds["two_stage"] = metrics(after_i2t, after_t2i), clock.lap()
+    if exhaustive:
+        out["mixed"], seconds["mixed"] = recall(dots + weight * local, image_of), clock.lap() + seconds["local"]
+    return {**out, "seconds": seconds}
+
+
+def five_folds(images: Embeddings, texts: Embeddings, image_of: Tensor, **options: object) -> dict:
+    """COCO's 1K protocol: the mean of the metrics over five folds of a fifth of the images each."""
+    image_of = torch.as_tensor(image_of, device=images.globals.device)
+    size, folds = len(images) // 5, []
+    for fold in range(5):
+        keep = image_of.div(size, rounding_mode="floor") == fold
+        folds.append(evaluate(images[fold * size : (fold + 1) * size], texts[keep], image_of[keep] - fold * size,
+                              **options))
+    return mean_of(folds)
+
+
+def mean_of(results: list[dict]) -> dict:
+    """Dictionaries of one shape -> their mean, number by number."""
+    first = results[0]
+    return {key: mean_of([r[key] for r in results]) if isinstance(first[key], dict)
+            else sum(r[key] for r in results) / len(results) for key in first}
+
+
+class Clock:
+    """Seconds since the last lap, with the device's queue waited for."""
+
+    def __init__(self, device: torch.device | str):
+        self.device, self.last = torch.device(device), time.perf_counter()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
+@torch.inference_mode()
+def alignment(images: Embeddings, texts: Embeddings, image_of: Tensor, truth: scenes.Scenes) -> dict:
+    """Does a word look at what it names? For captions whose words' objects are known, which only scenes have.
+
+    A word is aligned when its most similar region lies on its object: intersection over union at least 0.3, or the
+    region's centre inside the object's box. Returns the percentage, and chance: that of a random region.
+    """
+    hits, chance = [], []
+    for caption, named in enumerate(truth.word_objects):
+        image = int(image_of[caption])
+        boxes = torch.from_numpy(truth.boxes[image])
+        objects = torch.from_numpy(truth.object_boxes[image]).to(boxes.dtype)
+        best = (texts.tokens[caption] @ images.tokens[image].T).argmax(1).cpu()   # [W]: one word piece a word
+        on = overlaps(boxes, objects)                                             # [regions, objects] bool
+        for word, thing in named:
+            hits.append(on[best[word], thing])
+            chance.append(on[:, thing].float().mean())
+    return {"aligned": 100 * torch.stack(hits).float().mean().item(),
+            "chance": 100 * torch.stack(chance).mean().item(), "words": len(hits)}
+
+
+def overlaps(boxes: Tensor, objects: Tensor) -> Tensor:
+    """Which of boxes [R, 4] lie on which of objects [O, 4]: IoU at least 0.3 or centre inside; [R, O] bool."""
+    low = torch.maximum(boxes[:, None, :2], objects[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], objects[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(2)
+    area = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, objects)]
+    centre = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+    inside = ((centre >= objects[None, :, :2]) & (centre <= objects[None, :, 2:])).all(2)
+    return inside | (shared / (area[0][:, None] + area[1][None] - shared) >= 0.3)
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+
+def measure(model: torch.nn.Module, split: data.Split, words: data.Words, settings: runs.Settings,
+            device: torch.device | str, precision: str, exhaustive: bool = True,
+            ) -> tuple[dict, Embeddings, Embeddings]:
+    """Encode a split and evaluate it: the metrics (see `evaluate`), its pictures and its captions encoded."""
+    clock = Clock(device)
+    images = encode(model, data.image_batches(split, 128), "image", len(split.features), device, precision)
+    texts = encode(model, data.text_batches(words, 256), "text", len(split.captions), device, precision)
+    seconds = clock.lap()
+    options = dict(shortlist=settings.shortlist, weight=settings.local_weight, words=settings.words)
+    result = evaluate(images, texts, split.image_of, exhaustive=exhaustive, **options)
+    result["seconds"]["encode"] = seconds
+    if settings.dataset == "coco" and exhaustive and len(images) == 5000:
+        result["folds_1k"] = five_folds(images, texts, split.image_of, **options)
+    if split.truth is not None and exhaustive:
+        result["alignment"] = alignment(images, texts, split.image_of, split.truth)
+    return {"split": split.name, "images": len(images), "captions": len(texts), **result}, images, texts
+
+
+NAMES = {"global": "global only", "local": "exhaustive local", "two_stage": "two-stage", "mixed": "exhaustive mixed"}
+
+
+def table(result: dict) -> str:
+    """The metrics of `measure` as text: a line a way of searching, both directions, and the seconds each took."""
+    lines = [f"{result['split']}: {result['images']} images, {result['captions']} captions, "
+             f"encoded in {result['seconds']['encode']:.1f} s"]
+    for title, part in (("", result), ("mean of five folds of 1K", result.get("folds_1k"))):
+        if part is None:
+            continue
+        lines += [title] if title else []
+        lines.append(f"{'':18}{'image to text':^24}{'text to image':^24}")
+        lines.append(f"{'':18}" + f"{'R@1':>6}{'R@5':>6}{'R@10':>6}{'med':>5} " * 2 + f"{'rsum':>7}{'seconds':>9}")
+        for key, name in NAMES.items():
+            if key in part:
+                row = "".join("".join(f"{part[key][way][r]:6.1f}" for r in ("r1", "r5", "r10"))
+                              + f"{part[key][way]['median_rank']:5.0f} " for way in ("i2t", "t2i"))
+                lines.append(f"{name:18}{row}{part[key]['rsum']:7.1f}{part['seconds'][key]:9.2f}")
+    if "alignment" in result:
+        a = result["alignment"]
+        lines.append(f"alignment: {a['aligned']:.1f} % of {a['words']} words that name an object look at it "
+                     f"(chance {a['chance']:.1f} %)")
+    return "\n".join(lines)
+
+
+def open_split(folder: Path, name: str | None, data_root: Path | None, device: str) -> tuple:
+    """A run and a split to search: settings, model on its device, device, precision, split, words, tokenizer."""
+    settings, model, tokenizer = runs.open_run(folder)
+    device, precision = runs.resolve(device, settings.precision)
+    root = data_root or (Path(settings.data_root) if settings.data_root else None)
+    splits = data.load(settings.dataset, root, (name,) if name else ("test", "val"))
+    split = splits[name] if name else splits.get("test", splits.get("val"))
+    words = data.tokenize(split.captions, tokenizer, settings.longest)
+    return settings, model.to(device), device, precision, split, words, tokenizer
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    settings, model, device, precision, split, words, _ = open_split(
+        args.run, args.split, args.data_root, args.device)
+    print(table(measure(model, split, words, settings, device, precision)[0]))
+
+
+def run_search(args: argparse.Namespace) -> None:
+    settings, model, device, precision, split, words, tokenizer = open_split(
+        args.run, args.split, args.data_root, args.device)
+    if args.caption is not None:
+        if not args.caption.strip():
+            raise BadInput("the caption is empty")
+        asked = data.tokenize([args.caption], tokenizer, settings.longest)
+        query = encode(model, data.text_batches(asked, 1), "text", 1, device, precision)
+        corpus = encode(model, data.image_batches(split, 128), "image", len(split.features), device, precision)
+        names, k = split.image_names, settings.images_shortlist
+    else:
+        batch, picture = picture_query(split, args.image)
+        query = encode(model, [batch], "image", 1, device, precision)
+        corpus = encode(model, data.text_batches(words, 256), "text", len(split.captions), device, precision)
+        names, k = split.captions, settings.captions_shortlist
+    indices, scores = search(query, corpus, max(k, args.top), settings.local_weight, settings.words)
+    indices, scores = indices[0, : args.top].tolist(), scores[0, : args.top].tolist()
+    for place, (index, score) in enumerate(zip(indices, scores, strict=True), 1):
+        print(f"{place:3d}  {score:8.3f}  {names[index]}")
+    if args.save:
+        if args.caption is not None:
+            figures.found_images(split, args.caption, indices, args.save)
+        else:
+            figures.found_captions(picture, [names[i] for i in indices], args.save)
+        print(f"picture: {args.save}")
+
+
+def picture_query(split: data.Split, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:
+    """A batch of one picture: an image of the split by name or row, or on scenes, whose detector is built in, any file.
+
+    Raises BadInput when it is none of these.
+    """
+    plain = Path(name).name
+    if name.isdigit() and int(name) < len(split.image_names):
+        row = int(name)
+    elif name in split.image_names or plain in split.image_names:
+        row = split.image_names.index(name if name in split.image_names else plain)
+    elif split.truth is not None and Path(name).is_file():
+        try:
+            picture = Image.open(name).convert("RGB").resize((scenes.SIDE, scenes.SIDE))
+        except OSError as error:
+            raise BadInput(f"{name}: not a picture ({error})") from error
+        pixels = np.asarray(picture)[None]
+        boxes = scenes.propose(pixels)
+        found = data.InMemory(name, scenes.describe(pixels, boxes), boxes)
+        return data.image_side(found, np.zeros(1, np.int64)) | {"image_index": torch.zeros(1, dtype=torch.long)}, picture
+    else:
+        raise BadInput(f"{name}: neither a picture of the {split.name} split, by name or by row (0 to "
+                       f"{len(split.image_names) - 1}), nor, on scenes, a picture file")
+    batch = data.image_side(split.features, np.array([row]))
+    return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, split.picture(row)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = out.add_subparsers(required=True, metavar="evaluate | search")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
+    shared.add_argument("--split", choices=("val", "test"), help="which split (default test, val where there is none)")
+    shared.add_argument("--data-root", type=Path, metavar="DIR", help="the data, if no longer where it was trained on")
+    shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
+    one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
+                              description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
+    one.set_defaults(command=run_evaluate)
+    two = commands.add_parser("search", parents=[shared], help="find pictures by a caption, or captions by a picture",
+                              description="Search a split with your own words, or with a picture.")
+    query = two.add_mutually_exclusive_group(required=True)
+    query.add_argument("caption", nargs="?", help="a caption to find pictures for")
+    query.add_argument("--image", metavar="FILE",
+                       help="a picture to find captions for: one of the split's, by name or row; on scenes any file")
+    two.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
+    two.add_argument("--save", type=Path, metavar="PICTURE.png", help="draw what was found")
+    two.set_defaults(command=run_search)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.command(args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

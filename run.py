@@ -1,0 +1,220 @@
+"""A run: its settings, its model, its folder.
+
+One dataclass holds every setting, with its help text; the presets are dictionaries of what differs. A run folder is
+complete in itself: it holds the settings, the text encoder's shape and tokenizer, and the weights, so that it can be
+moved to another machine and searched there.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+import scenes
+import tgdt
+from data import BadInput
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def setting(default: object, help: str, choices: tuple[str, ...] | None = None) -> object:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """Everything that decides a run's outcome. The defaults are the small preset for real photographs."""
+
+    dataset: str = setting("scenes", "what to train on", ("scenes", "flickr8k", "flickr30k", "coco"))
+    data_root: str | None = setting(None, "folder of the dataset's files (not for scenes)")
+    model: str = setting("tgdt", "which model", ("tgdt",))
+    preset: str = setting("small", "small: for a laptop; paper: the released sizes and rates", ("small", "paper"))
+    seed: int = setting(0, "seed of weights, dropout and batch order")
+    # text
+    text_encoder: str = setting("bert-base-uncased", "BERT: a hub name, a local folder, or from-scratch (scenes)")
+    text_layers: int = setting(6, "how many of its layers to use, counted from the input")
+    longest: int = setting(64, "captions are cut to so many word pieces, [CLS] and [SEP] counted")
+    # architecture
+    dim: int = setting(256, "D, size of the joint embedding")
+    region_width: int | None = setting(512, "width of the region encoder; 0 is the features' own, as in the paper")
+    region_layers: int = setting(1, "layers of the region encoder")
+    local_layers: int = setting(1, "layers of each local encoder")
+    global_layers: int = setting(1, "layers of each global encoder")
+    heads: int = setting(4, "attention heads of every encoder")
+    feedforward: int = setting(1024, "feed-forward width of every encoder")
+    dropout: float = setting(0.1, "dropout in every encoder")
+    # loss
+    margin: float = setting(0.2, "margin of the inter-modal hinge")
+    intra_margin: float = setting(0.3, "margin of the intra-modal consistency")
+    local_weight: float = setting(10.0, "weight of local beside global similarity, in the loss and when re-ranking")
+    words: str = setting("mean", "a caption's local similarity: sum (paper) or mean over words", ("sum", "mean"))
+    easy_epochs: int = setting(1, "epochs with the mean over negatives before the hardest ones are taken")
+    # optimisation
+    epochs: int = setting(10, "passes over the training captions")
+    batch_size: int = setting(128, "captions a batch")
+    captions_per_image: int = setting(1, "captions that stand together in a batch, their image encoded once")
+    optimizer: str = setting("adamw", "which optimizer", ("adamw", "adam"))
+    lr: float = setting(5e-4, "peak learning rate")
+    text_lr: float = setting(0.1, "the text encoder's learning rate, as a part of the others'")
+    weight_decay: float = setting(1e-4, "weight decay")
+    warmup: int = setting(100, "steps of linear warm-up")
+    schedule: str = setting("linear", "after the warm-up: linear to 0, or step (x 0.1)", ("linear", "step"))
+    drop_every: int = setting(20, "epochs between two drops of the step schedule")
+    clip: float = setting(2.0, "largest norm of the gradient")
+    precision: str = setting("auto", "auto: bfloat16 on a GPU, float32 elsewhere", ("auto", "float32", "bfloat16"))
+    # retrieval
+    captions_shortlist: int = setting(50, "captions on an image's shortlist")
+    images_shortlist: int = setting(100, "images on a caption's shortlist")
+
+    @property
+    def shortlist(self) -> tuple[int, int]:
+        return self.captions_shortlist, self.images_shortlist
+
+
+SCENES = {  # small preset, built-in scenes: three minutes on two cores, words learnt from scratch
+    "text_encoder": "from-scratch", "text_layers": 2, "text_lr": 1.0, "dim": 128, "region_width": 128,
+    "feedforward": 256, "epochs": 12, "lr": 1e-3, "captions_per_image": 5, "batch_size": 320,
+}
+PAPER = {  # the released configuration for Flickr30K (TGDT)
+    "text_layers": 6, "dim": 1024, "region_width": 0, "region_layers": 4, "local_layers": 2, "global_layers": 2,
+    "feedforward": 2048, "words": "sum", "easy_epochs": 0, "epochs": 60, "batch_size": 30, "optimizer": "adam",
+    "lr": 1e-5, "text_lr": 1.0, "weight_decay": 0.0, "warmup": 1000, "schedule": "step", "drop_every": 20,
+}
+
+
+def make_settings(given: dict) -> Settings:
+    """Settings from what the user gave by name; the rest comes from the preset, then from the defaults."""
+    dataset, preset = given.get("dataset") or "scenes", given.get("preset") or "small"
+    chosen: dict = {}
+    if preset == "paper":
+        chosen |= PAPER | ({"batch_size": 40} if dataset == "coco" else {})
+        chosen |= {"text_encoder": "from-scratch", "text_layers": 2} if dataset == "scenes" else {}
+    elif dataset == "scenes":
+        chosen |= SCENES
+    return Settings(**chosen | {name: value for name, value in given.items() if value is not None})
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
+    """The word encoder, cut to the layers wanted, and its tokenizer.
+
+    "from-scratch" is a BERT of random weights over the closed vocabulary of the scenes. Anything else goes to
+    `from_pretrained`. Raises BadInput when that finds nothing.
+    """
+    name = settings.text_encoder
+    if name == "from-scratch":
+        if settings.dataset != "scenes":
+            raise BadInput("--text-encoder from-scratch knows the words of the scenes only; give a BERT's name or folder")
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *scenes.VOCABULARY]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+        config = BertConfig(
+            vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=settings.text_layers,
+            num_attention_heads=4, intermediate_size=256, max_position_embeddings=settings.longest,
+        )
+        return BertModel(config, add_pooling_layer=False), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        bert = BertModel.from_pretrained(name, add_pooling_layer=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"cannot load the text encoder {name!r}: it is neither a folder with config.json, weights and tokenizer nor "
+            f"a model of huggingface.co within reach. Download huggingface.co/{name} elsewhere and give its folder to "
+            f"--text-encoder. ({str(error).splitlines()[0]})"
+        ) from error
+    try:
+        return tgdt.first_layers(bert, settings.text_layers), tokenizer
+    except ValueError as error:
+        raise BadInput(f"--text-layers: {error}") from error
+
+
+def build(settings: Settings, bert: BertModel, feature_dim: int) -> tgdt.TGDT:
+    """The model that the settings describe, for region features of `feature_dim` numbers."""
+    return tgdt.TGDT(
+        bert, feature_dim, settings.dim, settings.region_width or None, settings.region_layers,
+        settings.local_layers, settings.global_layers, settings.heads, settings.feedforward, settings.dropout,
+    )
+
+
+def resolve(device: str, precision: str) -> tuple[torch.device, str]:
+    """What "auto" means here: the first GPU where there is one, and bfloat16 on it. Raises BadInput without one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this machine has no GPU that PyTorch can use; --device cpu does without")
+    found = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return found, ("bfloat16" if found.type == "cuda" else "float32") if precision == "auto" else precision
+
+
+# -------------------------------------------------------------------------------------------------------- folder
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint that this program wrote. Raises BadInput for anything else; runs no code from the file."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways on a file that is something else
+        raise BadInput(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
+    wanted = {"settings", "feature_dim", "bert", "model", "epoch"}
+    if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
+        raise BadInput(f"{path}: not a checkpoint of this program (it has no {', '.join(sorted(wanted))})")
+    return checkpoint
+
+
+def stored_settings(folder: Path) -> Settings:
+    """The settings of the run in `folder`. Raises BadInput when there is none, or one of another program version."""
+    if not (folder / "settings.json").is_file():
+        raise BadInput(f"{folder}: no run here (no settings.json)")
+    values = read_json(folder / "settings.json")
+    known = {f.name for f in fields(Settings)}
+    if values.keys() != known:
+        odd = sorted(values.keys() ^ known)
+        raise BadInput(f"{folder / 'settings.json'}: not the settings of this program ({', '.join(odd[:5])})")
+    return Settings(**values)
+
+
+def open_run(folder: Path) -> tuple[Settings, tgdt.TGDT, BertTokenizer]:
+    """A trained model and its tokenizer from a run folder: the best checkpoint, or the last where none is best yet."""
+    settings = stored_settings(folder)
+    best, last = folder / "best.pt", folder / "checkpoint.pt"
+    path = best if best.is_file() else last
+    checkpoint = read_checkpoint(path)
+    model = build(settings, BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False),
+                  checkpoint["feature_dim"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise BadInput(f"{path}: its weights do not fit {folder / 'settings.json'}") from error
+    return settings, model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def save_settings(folder: Path, settings: Settings) -> None:
+    write_json(folder / "settings.json", asdict(settings))

@@ -1,0 +1,538 @@
+"""data.py: both layouts of features, every bad input, tokenisation and batches."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+import data
+
+R, F = 3, 4
+CAPTIONS = ["a red ball", "a ball, red!", "two dogs", "dogs play", "a blue house", "a house"]  # three images, two each
+
+
+def features(images: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((images, R, F)).astype(np.float32)
+
+
+def write_scan(folder: Path, stem: str, array: np.ndarray, captions: list[str], end: str = "\n") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{stem}_ims.npy", array)
+    (folder / f"{stem}_caps.txt").write_text("\n".join(captions) + end, encoding="utf8")
+
+
+def scan(folder: Path, dataset: str = "flickr8k", split: str = "val") -> data.Split:
+    return data.load(dataset, folder, (split,))[split]
+
+
+def karpathy_image(name: str, split: str, captions: list[str], **more) -> dict:
+    return {"filename": name, "split": split, "sentences": [{"raw": text} for text in captions]} | more
+
+
+def write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_bottom_up(root: Path, image_id: int, feat: np.ndarray, box: np.ndarray) -> None:
+    for folder in ("bu_att", "bu_box"):
+        (root / "features_36" / folder).mkdir(parents=True, exist_ok=True)
+    np.savez(root / "features_36" / "bu_att" / f"{image_id}.npz", feat=feat)
+    np.save(root / "features_36" / "bu_box" / f"{image_id}.npy", box)
+
+
+def boxes(regions: int, width: float, height: float) -> np.ndarray:
+    corner = np.linspace(0.2, 1, regions)[:, None] * [width, height]
+    return np.concatenate([corner / 2, corner], 1).astype(np.float32)
+
+
+@pytest.fixture
+def flickr(tmp_path):
+    """Bottom-up files of Flickr8k: four images of which the third is of split val, with 2 to 5 regions each."""
+    splits = ("train", "train", "val", "restval")
+    images = [karpathy_image(f"{i}.jpg", s, [f"caption {i} {j}" for j in range(i + 1)]) for i, s in enumerate(splits)]
+    write_json(tmp_path / "annotations" / "dataset_flickr8k.json", {"images": images})
+    for i in range(4):
+        write_bottom_up(tmp_path, i, np.full((2 + i, F), i, np.float32), boxes(2 + i, 100, 50))
+    return tmp_path
+
+
+def bad(call, *expected: str) -> None:
+    """The call raises BadInput in one line that says all of this."""
+    with pytest.raises(data.BadInput) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message, message
+
+
+# ---------------------------------------------------------------------------------------------------------------- SCAN
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("each", [2, 4, 5])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_scan_rows_an_image_or_a_caption_read_the_same(tmp_path, dtype, each, end):
+    array, captions = features(6).astype(dtype), [f"caption {i}" for i in range(6 * each)]
+    write_scan(tmp_path / "once", "dev", array, captions, end)
+    write_scan(tmp_path / "repeated", "dev", array.repeat(each, 0), captions, end)
+    for split in (scan(tmp_path / "once"), scan(tmp_path / "repeated")):
+        assert split.captions == captions and split.name == "val"
+        assert split.image_of.tolist() == [i // each for i in range(6 * each)] and split.image_of.dtype == np.int64
+        assert len(split.features) == 6 and split.features.dim == F and len(split.image_names) == 6
+        regions, box, mask = split.features.read([4, 0, 4])
+        assert regions.dtype == np.float32 and np.array_equal(regions, array[[4, 0, 4]].astype(np.float32))
+        assert box.shape == (3, R, 4) and not box.any() and mask.shape == (3, R) and mask.all()
+        assert split.picture(0) is None
+
+
+def test_scan_one_caption_an_image(tmp_path):
+    write_scan(tmp_path, "dev", features(6), CAPTIONS)
+    assert scan(tmp_path).image_of.tolist() == list(range(6))
+
+
+def test_scan_one_image(tmp_path):
+    write_scan(tmp_path, "dev", features(1).repeat(5, 0), CAPTIONS[:5])
+    assert scan(tmp_path).image_of.tolist() == [0] * 5
+
+
+def test_scan_rows_that_repeat_irregularly(tmp_path):
+    write_scan(tmp_path, "dev", features(4).repeat([3, 2, 3, 3], 0), [str(i) for i in range(11)])
+    bad(lambda: scan(tmp_path), "dev_ims.npy", "equally often")
+
+
+def test_scan_splits(tmp_path):
+    for stem, images in (("train", 3), ("dev", 2), ("test", 4)):
+        write_scan(tmp_path, stem, features(images), [f"{stem} {i}" for i in range(2 * images)])
+    found = data.load("flickr30k", tmp_path)
+    assert {name: len(split.features) for name, split in found.items()} == {"train": 3, "val": 2, "test": 4}
+    (tmp_path / "test_ims.npy").unlink()
+    bad(lambda: data.load("flickr30k", tmp_path), "test_ims.npy", "missing")
+    (tmp_path / "test_caps.txt").unlink()
+    assert list(data.load("flickr30k", tmp_path)) == ["train", "val"]
+
+
+def test_scan_coco_prefers_testall(tmp_path):
+    write_scan(tmp_path, "test", features(2), CAPTIONS[:4])
+    assert len(scan(tmp_path, "coco", "test").features) == 2
+    write_scan(tmp_path, "testall", features(3), CAPTIONS)
+    assert len(scan(tmp_path, "coco", "test").features) == 3
+    assert scan(tmp_path, "coco", "test").name == "test"
+
+
+def test_scan_subfolder_of_this_dataset_only(tmp_path):
+    write_scan(tmp_path / "coco_precomp", "dev", features(2), CAPTIONS[:4])
+    write_scan(tmp_path / "f30k_precomp", "dev", features(3), CAPTIONS)
+    assert len(scan(tmp_path, "flickr30k").features) == 3
+    assert len(scan(tmp_path, "coco").features) == 2
+    bad(lambda: scan(tmp_path, "flickr8k"), "no region features")
+    write_scan(tmp_path / "my_precomp", "dev", features(1), CAPTIONS[:2])
+    assert len(scan(tmp_path, "flickr8k").features) == 1
+
+
+def test_scan_finds_pictures_by_caption_text(tmp_path):
+    captions = ["A red ball .", "Same text", "Two dogs", "Same text", "A blue house", "Two dogs run"]
+    write_scan(tmp_path / "f8k_precomp", "dev", features(3), captions)
+    images = [
+        karpathy_image("house.png", "val", ["a BLUE house!", "not there"], filepath="deep"),
+        karpathy_image("ball.png", "val", ["a red ball", "same text"]),
+        karpathy_image("dogs.png", "val", ["same text", "unlike"]),
+    ]
+    write_json(tmp_path / "dataset_flickr8k.json", {"images": images})
+    for place, colour in (("images/ball.png", "red"), ("deep/house.png", "blue")):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), colour).save(tmp_path / place)
+    split = scan(tmp_path)
+    # The dogs share one caption with the ball's and the other is in no picture; "Two dogs run" is nobody's.
+    assert split.image_names == ["ball.png", "row 1", "house.png"]
+    assert split.picture(0).getpixel((0, 0)) == (255, 0, 0) and split.picture(0).size == (8, 6)
+    assert split.picture(1) is None
+    assert split.picture(2).getpixel((0, 0)) == (0, 0, 255)
+    (tmp_path / "images" / "ball.png").write_bytes(b"no picture")
+    bad(lambda: split.picture(0), "ball.png", "picture")
+
+
+def test_scan_captions_of_two_images_in_one_row_tell_nothing(tmp_path):
+    write_scan(tmp_path, "dev", features(1), ["first", "second"])
+    images = [karpathy_image(f"{text}.jpg", "val", [text]) for text in ("first", "second")]
+    write_json(tmp_path / "dataset_flickr8k.json", {"images": images})
+    assert scan(tmp_path).image_names == ["row 0"]
+
+
+def test_scan_bad_captions(tmp_path):
+    write_scan(tmp_path, "dev", features(3), CAPTIONS)
+    caps = tmp_path / "dev_caps.txt"
+    caps.write_text("\n".join(CAPTIONS[:5]))
+    bad(lambda: scan(tmp_path), "dev_caps.txt", "dev_ims.npy", "5 captions", "3")
+    caps.write_text("a\nb\n \nd\ne\nf\n")
+    bad(lambda: scan(tmp_path), "dev_caps.txt, line 3", "empty")
+    caps.write_text("\n".join(CAPTIONS) + "\n\n")
+    bad(lambda: scan(tmp_path), "dev_caps.txt, line 7", "empty")
+    caps.write_text("")
+    bad(lambda: scan(tmp_path), "dev_caps.txt, line 1", "empty")
+    caps.write_bytes(b"a\nb\nc\nd\ncaf\xe9\nf\n")
+    bad(lambda: scan(tmp_path), "dev_caps.txt, line 5", "0xe9", "UTF-8")
+    caps.write_text("a\nb\x0bb\nc\u2028c\nd\re\ne\nf\n")  # only a newline ends a caption
+    assert len(scan(tmp_path).captions) == 6
+    caps.unlink()
+    bad(lambda: scan(tmp_path), "dev_caps.txt", "missing", "github.com/kuanghuei/SCAN")
+
+
+def test_scan_bad_arrays(tmp_path):
+    write_scan(tmp_path, "dev", features(3), CAPTIONS)
+    path = tmp_path / "dev_ims.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    bad(lambda: scan(tmp_path), "dev_ims.npy", f"{len(whole) - 1} of {len(whole)} bytes", "row is 2")
+    path.write_bytes(whole[: len(whole) - 2 * R * F * 4])
+    bad(lambda: scan(tmp_path), "dev_ims.npy", "row is 1")
+    for content in (b"", b"not an array", whole[:20], b"\x93NUMPY\x09\x00" + whole[8:]):
+        path.write_bytes(content)
+        bad(lambda: scan(tmp_path), "dev_ims.npy", ".npy file")
+    for array, found in (
+        (features(3).astype(np.float64), "float64"),
+        (np.ones((3, R, F), int), "int64"),
+        (np.array([["a"]], object), "dev_ims.npy"),
+        (np.asfortranarray(features(3)), "Fortran"),
+        (features(3)[:, 0], f"[3, {F}]"),
+        (features(0), f"[0, {R}, {F}]"),
+    ):
+        np.save(path, array, allow_pickle=True)
+        bad(lambda: scan(tmp_path), "dev_ims.npy", found, "expected")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scan_numbers_that_are_none(tmp_path, value):
+    array = features(40)
+    array[3, 2, 3] = value
+    for stored, row in ((array, "row 3 "), (array.repeat(2, 0), "row 6 ")):
+        write_scan(tmp_path, "dev", stored, [str(i) for i in range(80)])
+        split = scan(tmp_path)
+        split.features.read([0, 2, 4])
+        bad(lambda: split.features.read([0, 3]), "dev_ims.npy", row, "image 3", "NaN")  # noqa: B023
+
+
+def test_scan_widths_differ(tmp_path):
+    write_scan(tmp_path, "train", features(3), CAPTIONS)
+    write_scan(tmp_path, "dev", features(3)[:, :, :2], CAPTIONS)
+    bad(lambda: data.load("flickr8k", tmp_path), "4 in", "train_ims.npy", "2 in", "dev_ims.npy")
+
+
+def test_file_that_shrinks_while_in_use(tmp_path):
+    write_scan(tmp_path, "dev", features(3), CAPTIONS)
+    split = scan(tmp_path)
+    (tmp_path / "dev_ims.npy").write_bytes((tmp_path / "dev_ims.npy").read_bytes()[:-8])
+    bad(lambda: split.features.read([2]), "dev_ims.npy", "row 2")
+
+
+# ----------------------------------------------------------------------------------------------------------- bottom-up
+
+
+def test_bottom_up_flickr(flickr):
+    found = data.load("flickr8k", flickr)
+    assert list(found) == ["train", "val"]  # no image is of split test
+    train = found["train"]
+    assert train.captions == ["caption 0 0", "caption 1 0", "caption 1 1"] + [f"caption 3 {j}" for j in range(4)]
+    assert train.image_of.tolist() == [0, 1, 1, 2, 2, 2, 2]
+    assert train.image_names == ["0.jpg", "1.jpg", "3.jpg"]
+    regions, box, mask = train.features.read([2, 0])  # the files 3 and 0
+    assert regions.shape == (2, 5, F) and box.shape == (2, 5, 4)
+    assert mask.tolist() == [[True] * 5, [True] * 2 + [False] * 3]
+    assert (regions[0] == 3).all() and not regions[1].any() and not box[1, 2:].any()
+    np.testing.assert_allclose(box[0], boxes(5, 1, 1), atol=1e-6)
+    assert found["val"].features.read([0])[0].shape == (1, 4, F)
+
+
+def test_bottom_up_boxes_are_over_the_size_that_is_known_best(flickr):
+    path = flickr / "annotations" / "dataset_flickr8k.json"
+    Image.new("RGB", (200, 100)).save(flickr / "1.jpg")
+    content = json.loads(path.read_text())
+    content["images"][3] |= {"width": 400, "height": 50}
+    write_json(path, content)
+    box = data.load("flickr8k", flickr, ("train",))["train"].features.read([0, 1, 2])[1]
+    np.testing.assert_allclose(box[0, :2], boxes(2, 1, 1), atol=1e-6)  # neither the picture nor its size is known
+    np.testing.assert_allclose(box[1, :3], boxes(3, 0.5, 0.5), atol=1e-6)
+    np.testing.assert_allclose(box[2], boxes(5, 0.25, 1), atol=1e-6)
+
+
+def test_bottom_up_boxes_outside_their_picture(flickr):
+    Image.new("RGB", (60, 50)).save(flickr / "1.jpg")
+    split = data.load("flickr8k", flickr, ("train",))["train"]
+    bad(lambda: split.features.read([1]), "1.npy", "40 pixels outside", "60 x 50")
+    np.save(flickr / "features_36" / "bu_box" / "0.npy", np.zeros((2, 4)))
+    bad(lambda: split.features.read([0]), "0.npy", "0 x 0")
+
+
+def test_bottom_up_bad_files(flickr):
+    def read(rows=(0, 1, 2)):
+        return data.load("flickr8k", flickr, ("train",))["train"].features.read(rows)
+
+    att, box = flickr / "features_36" / "bu_att" / "1.npz", flickr / "features_36" / "bu_box" / "1.npy"
+    good = att.read_bytes()
+    for array, found in (
+        (np.ones((3, F + 1)), f"[3, {F + 1}], expected [3, {F}]"),
+        (np.ones(F), f"[{F}]"),
+        (np.ones((0, F)), f"[0, {F}]"),
+        (np.full((3, F), np.nan), "NaN or infinity (image 1)"),
+        (np.array(["x"]), "expected"),
+        (np.array([None]), "expected"),
+    ):
+        np.savez(att, feat=array)
+        bad(read, str(att), found)
+    np.savez(att, other=np.ones((3, F)))
+    bad(read, str(att), "key 'feat'")
+    for content in (b"", b"PK nonsense", good[:200]):
+        att.write_bytes(content)
+        bad(read, str(att), ".npz")
+    att.write_bytes(good)
+    for array, found in ((np.ones((2, 4)), "[2, 4], expected [3, 4]"), (np.full((3, 4), np.inf), "NaN or infinity")):
+        np.save(box, array)
+        bad(read, str(box), found)
+    box.write_bytes(b"")
+    bad(read, str(box), ".npy")
+    read((0, 2))
+
+
+def test_bottom_up_missing_files(flickr):
+    for i in (1, 3):
+        (flickr / "features_36" / "bu_box" / f"{i}.npy").unlink()
+    bad(lambda: data.load("flickr8k", flickr), str(Path("bu_box") / "1.npy"), "1 more of 3")
+    for path in (flickr / "features_36" / "bu_att").iterdir():
+        path.unlink()
+    (flickr / "features_36" / "bu_att").rmdir()
+    bad(lambda: data.load("flickr8k", flickr), "bu_att", "github.com/mesnico/TERAN")
+
+
+def test_bottom_up_bad_annotations(flickr):
+    path = flickr / "annotations" / "dataset_flickr8k.json"
+    content = json.loads(path.read_text())
+    load = lambda: data.load("flickr8k", flickr)  # noqa: E731
+    for images, found in (
+        ([*content["images"][:3], {"filename": "x"}], "images[3]"),
+        ([*content["images"][:3], karpathy_image("x", "train", ["a", " "])], "images[3], x: an empty caption"),
+        ([*content["images"][:3], karpathy_image("x", "train", [])], "images[3], x"),
+        ([*content["images"][:3], None], "images[3]"),
+        (content["images"][:2], "no image of split val"),
+        (7, "'images'"),
+    ):
+        write_json(path, {"images": images})
+        bad(load, found)
+    path.write_text('{"images":\n[{,')
+    bad(load, "dataset_flickr8k.json", "line 2")
+    path.write_bytes(b'{\n"images": "\xff"}')
+    bad(load, "dataset_flickr8k.json, line 2", "UTF-8")
+    path.unlink()
+    bad(load, "dataset_flickr8k.json", "missing", "karpathy/deepimagesent")
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Bottom-up files of COCO: image 10 in train2014; 20 (restval), 30 (val) and 40 (test) in val2014."""
+    def image(i):
+        return {"id": i, "file_name": f"COCO_{i}.jpg", "width": 100, "height": 50}
+
+    def caption(a):
+        return {"id": a, "image_id": a // 10 * 10, "caption": f"caption {a} \n"}
+
+    years = {"train": ([10], [11, 12]), "val": ([40, 30, 20], [41, 31, 42, 21, 32, 22, 23])}
+    for year, (images, captions) in years.items():
+        content = {"images": [image(i) for i in images], "annotations": [caption(a) for a in captions]}
+        write_json(tmp_path / "annotations" / f"captions_{year}2014.json", content)
+    for part, ids in {"train": [12, 11], "restval": [21, 22, 23], "dev": [31, 32], "test": [42, 41]}.items():
+        np.save(tmp_path / "annotations" / f"coco_{part}_ids.npy", ids)
+    for i in (10, 20, 30, 40):
+        write_bottom_up(tmp_path, i, np.full((2, F), i), boxes(2, 50, 50))
+    return tmp_path
+
+
+def test_bottom_up_coco(coco):
+    found = data.load("coco", coco)
+    assert found["train"].captions == [f"caption {a}" for a in (12, 11, 21, 22, 23)]
+    assert found["train"].image_of.tolist() == [0, 0, 1, 1, 1]
+    assert found["train"].image_names == ["COCO_10.jpg", "COCO_20.jpg"]
+    assert found["val"].captions == ["caption 31", "caption 32"]
+    assert found["test"].captions == ["caption 42", "caption 41"]
+    regions, box, _ = found["train"].features.read([1])
+    assert (regions == 20).all()
+    np.testing.assert_allclose(box[0], boxes(2, 0.5, 1), atol=1e-6)
+    (coco / "val2014").mkdir()
+    Image.new("RGB", (100, 50), "red").save(coco / "val2014" / "COCO_20.jpg")
+    train = data.load("coco", coco)["train"]
+    assert train.picture(0) is None and train.picture(1).size == (100, 50)
+
+
+def test_bottom_up_coco_files_without_a_folder(coco):
+    for path in list((coco / "annotations").iterdir()):
+        path.rename(coco / path.name)
+    (coco / "coco_test_ids.npy").unlink()
+    assert list(data.load("coco", coco)) == ["train", "val"]
+
+
+def test_bottom_up_coco_bad_annotations(coco):
+    folder = coco / "annotations"
+    np.save(folder / "coco_dev_ids.npy", [31, 99])
+    bad(lambda: data.load("coco", coco), "coco_dev_ids.npy", "entry 1", "annotation 99")
+    np.save(folder / "coco_dev_ids.npy", [0.5])
+    bad(lambda: data.load("coco", coco), "coco_dev_ids.npy", ".npy array")
+    (folder / "coco_restval_ids.npy").unlink()
+    bad(lambda: data.load("coco", coco), "coco_restval_ids.npy", "missing")
+    write_json(folder / "captions_val2014.json", {"images": []})
+    bad(lambda: data.load("coco", coco), "captions_val2014.json", "annotations")
+    (folder / "captions_train2014.json").unlink()
+    bad(lambda: data.load("coco", coco), "captions_train2014.json", "missing", "cocodataset.org")
+
+
+# ----------------------------------------------------------------------------------------------------- any, and scenes
+
+
+def test_no_features(tmp_path):
+    bad(lambda: data.load("flickr30k", tmp_path / "none"), str(tmp_path / "none"), "no such folder")
+    bad(lambda: data.load("flickr30k", None), "--data-root")
+    bad(lambda: data.load("imagenet", tmp_path), "imagenet", "flickr30k")
+    everywhere = ("train_ims.npy", "f30k_precomp", "features_36", "kuanghuei/SCAN", "mesnico/TERAN", "pictures none")
+    bad(lambda: data.load("flickr30k", tmp_path), *everywhere)
+    write_json(tmp_path / "dataset_flickr30k.json", {"images": [karpathy_image("x.jpg", "train", ["a caption"])]})
+    bad(lambda: data.load("flickr30k", tmp_path), *everywhere)  # captions and pictures alone do not do
+
+
+def test_scenes():
+    split = data.load("scenes", None, ("val",))["val"]
+    regions, box, mask = split.features.read(np.array([3, 0]))
+    assert len(split.features) == 250 and len(split.captions) == len(split.image_of) == 1250
+    assert np.array_equal(regions, split.truth.regions[[3, 0]]) and np.array_equal(box, split.truth.boxes[[3, 0]])
+    assert mask.all() and mask.shape == regions.shape[:2] and regions.shape[2] == split.features.dim
+    assert 0 <= box.min() and box.max() <= 1
+    assert np.array_equal(np.array(split.picture(3)), split.truth.pictures[3])
+
+
+# ------------------------------------------------------------------------------------------------ tokenisation, batches
+
+
+@pytest.fixture
+def tokenizer():
+    words = "[PAD] [UNK] [CLS] [SEP] a red ball two dogs play blue house".split()
+    core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def test_tokenize(tokenizer):
+    words = data.tokenize(["a red ball", "dogs", "A blue house two dogs"], tokenizer, longest=6)
+    assert words.ids.tolist() == [2, 4, 5, 6, 3] + [2, 8, 3] + [2, 4, 10, 11, 7, 3]  # cut off before [SEP]
+    assert words.offsets.tolist() == [0, 5, 8, 14]
+    assert words.ids.dtype == np.int32 and words.offsets.dtype == np.int64
+    bad(lambda: data.tokenize(["dogs", "\u200b"], tokenizer, longest=6), "caption 1", "no word")
+
+
+def test_tokenize_more_than_a_chunk(tokenizer):
+    words = data.tokenize(["dogs", "a ball"] * 5_001, tokenizer, longest=9)
+    assert words.offsets[-1] == len(words.ids) == 7 * 5_001
+    assert np.array_equal(words.ids.reshape(-1, 7), np.tile([2, 8, 3, 2, 4, 6, 3], (5_001, 1)))
+
+
+@pytest.fixture
+def pairs(flickr, tokenizer):
+    split = data.load("flickr8k", flickr)["train"]
+    split.captions = ["a", "red ball two", "ball", "two dogs", "a", "play blue", "house two a red"]
+    return split, data.tokenize(split.captions, tokenizer, longest=9)
+
+
+def test_pairs(pairs, tokenizer):
+    split, words = pairs
+    chosen = [6, 1, 3, 2]  # of the images 2, 1, 2, 1
+    batch = data.Pairs(split, words, pad_id=9)[chosen]
+    assert {name: value.dtype for name, value in batch.items()} == {
+        "regions": torch.float32, "boxes": torch.float32, "region_mask": torch.bool, "word_ids": torch.int64,
+        "word_mask": torch.bool, "image_row": torch.int64, "image_index": torch.int64, "caption_index": torch.int64,
+    }  # fmt: skip
+    assert len(batch["regions"]) == 2  # each image once
+    assert batch["caption_index"].tolist() == chosen and batch["image_index"].tolist() == [2, 1, 2, 1]
+    for place, caption in enumerate(chosen):
+        regions, box, mask = split.features.read([split.image_of[caption]])
+        row, n = batch["image_row"][place], mask.sum()
+        assert torch.equal(batch["regions"][row][:n], torch.from_numpy(regions[0]))
+        assert torch.equal(batch["boxes"][row][:n], torch.from_numpy(box[0]))
+        assert batch["region_mask"][row].sum() == n and batch["region_mask"][row][:n].all()
+        ids = tokenizer(split.captions[caption])["input_ids"]
+        assert batch["word_ids"][place].tolist() == ids + [9] * (6 - len(ids))
+        assert batch["word_mask"][place].tolist() == [True] * len(ids) + [False] * (6 - len(ids))
+
+
+def test_pairs_in_a_loader(pairs):
+    split, words = pairs
+    dataset = pickle.loads(pickle.dumps(data.Pairs(split, words)))  # as a worker process gets it
+    batches = data.epoch_batches(split.image_of, 2, 1, seed=0, epoch=0)
+    seen = [batch["caption_index"].tolist() for batch in DataLoader(dataset, sampler=batches, batch_size=None)]
+    assert seen == batches and len(dataset) == 7
+
+
+def test_image_batches(pairs):
+    split, _ = pairs
+    batches = list(data.image_batches(split, 2))
+    assert [batch["image_index"].tolist() for batch in batches] == [[0, 1], [2]]
+    assert [tuple(batch["regions"].shape) for batch in batches] == [(2, 3, F), (1, 5, F)]
+    assert torch.equal(batches[1]["regions"][0], torch.from_numpy(split.features.read([2])[0][0]))
+    assert batches[0]["region_mask"].tolist() == [[True, True, False], [True, True, True]]
+    assert set(batches[0]) == {"regions", "boxes", "region_mask", "image_index"}
+
+
+def test_text_batches(pairs, tokenizer):
+    split, words = pairs
+    batches = list(data.text_batches(words, 3, pad_id=9))
+    order = [i for batch in batches for i in batch["caption_index"].tolist()]
+    assert sorted(order) == list(range(7)) and [len(batch["word_ids"]) for batch in batches] == [3, 3, 1]
+    lengths = [batch["word_mask"].sum(1).tolist() for batch in batches]
+    assert sum(lengths, []) == sorted(sum(lengths, []))
+    for batch in batches:
+        for ids, mask, caption in zip(batch["word_ids"], batch["word_mask"], batch["caption_index"], strict=True):
+            assert ids[mask].tolist() == tokenizer(split.captions[caption])["input_ids"] and (ids[~mask] == 9).all()
+            assert batch["word_ids"].shape[1] == batch["word_mask"].sum(1).max()
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_epoch_batches(each):
+    image_of = np.random.default_rng(1).permutation(np.repeat(np.arange(40), 5))  # captions in any order
+    batches = data.epoch_batches(image_of, 10, each, seed=3, epoch=7)
+    captions = sum(batches, [])
+    groups = 40 * -(-5 // each)  # 2 captions an image in a round: 2, 2 and 1
+    assert len(batches) == groups // (10 // each)
+    assert sorted(captions) == list(range(200))
+    for batch in batches:
+        images, counts = np.unique(image_of[batch], return_counts=True)
+        assert len(images) == 10 // each and len(set(counts.tolist())) == 1 and counts[0] in (each, 5 % each)
+        assert len(batch) <= 10 and all(type(row) is int for row in batch)
+    assert batches == data.epoch_batches(image_of, 10, each, seed=3, epoch=7)
+    others = [data.epoch_batches(image_of, 10, each, seed=s, epoch=e) for s, e in ((3, 8), (4, 7), (7, 3))]
+    assert all(batches != other for other in others)
+
+
+def test_epoch_batches_of_images_with_different_numbers_of_captions():
+    counts = np.arange(12) % 6  # none to five; two images have no caption at all
+    image_of = np.repeat(np.arange(12), counts)
+    batches = data.epoch_batches(image_of, 4, 2, seed=0, epoch=0)
+    captions = sum(batches, [])
+    assert len(captions) == len(set(captions)) >= len(image_of) - 2
+    groups = (-(-counts // 2)).sum()
+    assert len(batches) == groups // 2
+    rounds = [np.minimum(np.maximum(counts - 2 * r, 0), 2) for r in range(3)]  # what each image gives in each round
+    for given in rounds[:2]:
+        own, captions = captions[: given.sum()], captions[given.sum() :]
+        assert np.array_equal(np.bincount(image_of[own], minlength=12), given)
+
+
+def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
+    image_of = np.arange(10)
+    assert [len(batch) for batch in data.epoch_batches(image_of, 4, 1, 0, 0)] == [4, 4]
+    assert [len(batch) for batch in data.epoch_batches(image_of, 5, 1, 0, 0)] == [5, 5]
+    assert [len(batch) for batch in data.epoch_batches(image_of, 16, 1, 0, 0)] == [10]
+    assert [len(batch) for batch in data.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 10 + [2] * 10
