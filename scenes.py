@@ -8,8 +8,8 @@ Part 5  regions    36 boxes a picture and a vector for each, from pixels alone, 
 Part 6  the set    `make` puts the parts together
 
 Twins share nearly all their words, so a bag of words cannot tell them apart: words have to be matched with regions.
-Whatever decides a byte is drawn from `RandomState`, whose stream NumPy has frozen, as doubles (its integers depend on
-the platform), and computed in integers or in floats that are exact.
+Whatever decides a byte is drawn from `RandomState`, whose stream NumPy has frozen, as doubles or bytes (its integers
+depend on the platform), and computed in integers or in floats that are exact.
 """
 
 import zlib
@@ -22,16 +22,13 @@ from typing import NamedTuple
 import numpy as np
 
 SPLITS = {"train": 2000, "val": 250, "test": 500}
-SIDE = 128  # pixels of a picture, both ways
-CAPTIONS, LONGEST = 5, 20  # captions a scene, words a caption
-BOXES = 36  # a picture
+SIDE, BOXES = 128, 36  # pixels of a picture, both ways; regions of it
+CAPTIONS, LONGEST = 5, 20  # captions of a scene, words of a caption at most
 Rng = np.random.RandomState
 
 # ---- Part 1: objects ------------------------------------------------------------------------------------------------
-COLOURS = {
-    "red": (212, 48, 46), "orange": (242, 134, 28), "yellow": (246, 216, 60), "green": (58, 158, 74),
-    "blue": (48, 100, 214), "purple": (142, 66, 176), "white": (242, 242, 240), "black": (28, 28, 32),
-}  # fmt: skip
+COLOURS = {"red": (212, 48, 46), "orange": (242, 134, 28), "yellow": (246, 216, 60), "green": (58, 158, 74),
+           "blue": (48, 100, 214), "purple": (142, 66, 176), "white": (242, 242, 240), "black": (28, 28, 32)}
 STAR = ((0, -1000), (951, -309), (588, 809), (-588, 809), (-951, -309))  # the ways its five sides face
 SHAPES = {  # what lies inside: x to the right and y down, in thousandths of half the extent
     "circle": lambda x, y: x * x + y * y <= 1000**2,
@@ -74,10 +71,8 @@ def split_of(objects: Sequence[Object]) -> str:
 
 
 def sound(objects: Sequence[Object]) -> bool:
-    """No two objects look alike, all lie on the canvas, and none hides another (a slight overlap is welcome).
-
-    Any two are 20 pixels apart one way or the other, so that there are sentences of five forms about any scene.
-    """
+    """No two objects look alike, all lie on the canvas, and none hides another (a slight overlap is welcome)."""
+    # Any two are 20 pixels apart one way or the other, so that sentences of five forms are true of any scene.
     return all(o.across // 2 + 2 <= at <= SIDE - 2 - o.across // 2 for o in objects for at in (o.x, o.y)) and all(
         a[:3] != b[:3] and max(abs(a.x - b.x), abs(a.y - b.y)) >= 20
         and 5 * ((a.x - b.x) ** 2 + (a.y - b.y) ** 2) >= (a.across + b.across) ** 2
@@ -93,8 +88,7 @@ def invent(rng: Rng, split: str) -> list[Object]:
         for _ in range(pick(rng, (6, 8, 10, 12, 16))):  # throws, some of which have no room
             shape, colour, size = (pick(rng, names) for names in LOOKS.values())
             if objects and rng.random_sample() < 0.5:
-                other = pick(rng, objects)
-                shape, colour = pick(rng, ((other.shape, colour), (shape, other.colour)))
+                shape, colour = pick(rng, ((pick(rng, objects).shape, colour), (shape, pick(rng, objects).colour)))
             o = Object(shape, colour, size, pick(rng, range(SIDE)), pick(rng, range(SIDE)), pick(rng, SIZES[size]))
             objects += [o] if sound([*objects, o]) else []
     while split_of(objects) != split or not sound(objects):  # a change of paint may move it to another split
@@ -110,8 +104,7 @@ def alter(rng: Rng, objects: list[Object], how: str, split: str) -> list[Object]
         twin = [o._replace(x=o.x + pick(rng, range(-3, 4)), y=o.y + pick(rng, range(-3, 4))) for o in objects]
         (i, a), (j, b) = shuffled(rng, list(enumerate(twin)))[:2]
         if how in SWAPS:
-            twin[i] = a._replace(**{field: getattr(b, field) for field in SWAPS[how]})
-            twin[j] = b._replace(**{field: getattr(a, field) for field in SWAPS[how]})
+            twin[i], twin[j] = (o._replace(**{f: getattr(p, f) for f in SWAPS[how]}) for o, p in ((a, b), (b, a)))
         else:
             new = pick(rng, [look for look in LOOKS[how] if look != getattr(a, how)])
             twin[i] = a._replace(**{how: new}, across=pick(rng, SIZES[new]) if how == "size" else a.across)
@@ -129,11 +122,6 @@ def mask(shape: str, across: int) -> tuple[np.ndarray, np.ndarray]:
     alpha = inside.reshape(across, 4, across, 4).sum((1, 3)).astype(np.int32) * 16
     spans = [np.flatnonzero((alpha >= 128).any(axis)) for axis in (0, 1)]
     return alpha, np.array([span[0] for span in spans] + [span[-1] + 1 for span in spans])
-
-
-def box_of(o: Object) -> np.ndarray:
-    """The tight box of an object: x1, y1, x2, y2 in 0..1."""
-    return (mask(o.shape, o.across)[1] + (o.x, o.y, o.x, o.y) - o.across // 2) / SIDE
 
 
 # Bilinear interpolation from a 9 x 9 lattice, times 16 each way: whole numbers, so that float products are exact.
@@ -172,11 +160,9 @@ def paint(rng: Rng, objects: Sequence[Object]) -> np.ndarray:
 Phrase = Fact = Claim = tuple
 SIDES = {"left": (1, 0), "right": (-1, 0), "above": (0, 1), "below": (0, -1)}  # the way from the first to the second
 ENDS = {"leftmost": "left", "rightmost": "right", "highest": "above", "lowest": "below"}  # of all others
-PLACES = {  # column and row of 3 x 3
-    "in the top left corner": (0, 0), "in the top right corner": (2, 0), "near the top edge": (None, 0),
-    "in the middle": (1, 1), "in the bottom left corner": (0, 2), "in the bottom right corner": (2, 2),
-    "near the bottom edge": (None, 2), "near the left edge": (0, None), "near the right edge": (2, None),
-}  # fmt: skip
+PLACES = {"in the top left corner": (0, 0), "in the top right corner": (2, 0), "near the top edge": (None, 0),
+          "in the middle": (1, 1), "in the bottom left corner": (0, 2), "in the bottom right corner": (2, 2),
+          "near the bottom edge": (None, 2), "near the left edge": (0, None), "near the right edge": (2, None)}
 
 
 def fits(o: Object, phrase: Phrase) -> bool:
@@ -196,7 +182,7 @@ def true(fact: Fact, who: Sequence[Object], objects: Sequence[Object], clearly: 
     if name in ENDS:
         return all(true((ENDS[name], 0, 1), (a, o), objects, clearly) for o in objects if o != a)
     if name in PLACES:
-        margin, bounds = 4 if clearly else -4, (-SIDE, 43, 85, 2 * SIDE)
+        margin, bounds = 4 if clearly else -4, (-SIDE, 43, 85, 2 * SIDE)  # of the columns and rows of 3 x 3
         cells = zip((a.x, a.y), PLACES[name], strict=True)
         return all(c is None or bounds[c] + margin <= at < bounds[c + 1] - margin for at, c in cells)
     if name == "between":
@@ -231,12 +217,10 @@ WORDS = {name: (name,) for name in (*SHAPES, *COLOURS, *ENDS, *PLACES, *NUMBERS,
     "below": ("below", "under", "beneath", "lower than"), "its below": ("below it", "under it", "beneath it"),
     "bigger": ("bigger than", "larger than"), "in the middle": ("in the middle", "in the centre"),
 }  # fmt: skip
-SLOTS = {  # the facts that may fill a slot of a sentence form; any other slot names its own fact
-    "side": tuple(SIDES), "row": ("left", "right"), "level": ("above", "below"), "end": tuple(ENDS),
-    "upper": tuple(PLACES)[:4], "lower": tuple(PLACES)[4:], "compare": ("bigger", "smaller"),
-}  # fmt: skip
-# A sentence form: its name, how many objects it names, how readily it is chosen, its slots, and its templates, in which
-# `a0` and `the0` stand for phrase 0, `r0` and `its0` for fact 0.
+SLOTS = {"side": tuple(SIDES), "row": ("left", "right"), "level": ("above", "below"), "end": tuple(ENDS),
+         "upper": tuple(PLACES)[:4], "lower": tuple(PLACES)[4:], "compare": ("bigger", "smaller")}  # fmt: skip
+# A sentence form: its name, how many objects it names, how readily it is chosen, its slots, each filled by one of the
+# facts above, and its templates, in which `a0` and `the0` stand for phrase 0, `r0` and `its0` for fact 0.
 FORMS = (
     ("relation", 2, 2, (("side", 0, 1),), ("there is a0 r0 a1", "a0 sits r0 a1", "the picture shows a0 r0 a1")),
     ("fronted", 2, 2, (("side", 0, 1),), ("r0 the1 you can see a0", "r0 the1 there is a0", "r0 a1 we find a0")),
@@ -327,12 +311,10 @@ def tell(rng: Rng, objects: Sequence[Object]) -> list[tuple[str, Claim, list[tup
 # ---- Part 5: regions ------------------------------------------------------------------------------------------------
 HALF = SIDE // 2  # boxes are found and described at half the resolution, where all numbers below are counted
 CELLS = 4  # a box is described by 4 x 4 cells
-ANCHORS = np.array([
-    (x, y, x + w, y + h)
-    for w, h, step in ((9, 9, 3), (12, 12, 3), (16, 16, 4), (21, 21, 4), (10, 20, 5), (20, 10, 5))
-    for y in range((HALF - h) % step // 2, HALF - h + 1, step)
-    for x in range((HALF - w) % step // 2, HALF - w + 1, step)
-])  # fmt: skip
+WINDOWS = ((9, 9, 3), (12, 12, 3), (16, 16, 4), (21, 21, 4), (10, 20, 5), (20, 10, 5))  # width, height, step
+ANCHORS = np.array([(x, y, x + w, y + h) for w, h, step in WINDOWS
+                    for y in range((HALF - h) % step // 2, HALF - h + 1, step)
+                    for x in range((HALF - w) % step // 2, HALF - w + 1, step)])  # fmt: skip
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -377,8 +359,8 @@ def grown(boxes: np.ndarray) -> np.ndarray:
 def propose(pictures: np.ndarray) -> np.ndarray:
     """Where something might be: the windows that differ most in colour from their surroundings, few overlapping.
 
-    pictures [N, 128, 128, 3] uint8 -> [N, 36, 4] float32, x1 y1 x2 y2 in 0..1, the most striking first.  Whole numbers
-    all the way, so that ties and roundings fall the same everywhere.  Raises ValueError for any other kind of array.
+    pictures [N, 128, 128, 3] uint8 -> [N, 36, 4] float32, x1 y1 x2 y2 in 0..1, the most striking first.  ValueError for
+    other arrays.  All in whole numbers, so that ties fall the same everywhere.
     """
     near = overlap(ANCHORS, ANCHORS) > 0.45
     found = []
@@ -450,10 +432,10 @@ class Scenes:
 
 
 def make(split: str, seed: int = 0, count: int | None = None) -> Scenes:
-    """Draw a split: "train" (2000 scenes), "val" (250) or "test" (500), or `count` scenes that might be of it.
+    """Draw a split: "train" (2000 scenes), "val" (250) or "test" (500), or a set of `count` scenes fit for that split.
 
-    Six scenes in ten have a twin in the split.  The same arguments give the same bytes; another count or seed is
-    another drawing, yet no two splits ever share a scene.  Raises ValueError for an unknown split or a count below one.
+    Six scenes in ten have a twin.  Equal arguments give equal bytes; another count or seed is another drawing, yet no
+    two splits ever share a scene.  ValueError for an unknown split or a count below one.
     """
     if split not in SPLITS or (count is not None and count < 1):
         raise ValueError(f"no such scenes: split {split!r} (there are {', '.join(SPLITS)}), count {count}")
@@ -466,14 +448,15 @@ def make(split: str, seed: int = 0, count: int | None = None) -> Scenes:
             drawn += [(objects, len(drawn) + 1, how), (twin, len(drawn), how)]
     drawn += [(invent(rng, split), -1, "") for _ in range(count - len(drawn))]
     order = shuffled(rng, range(count))  # else twins would be neighbours
-    place = {old: new for new, old in enumerate(order)} | {-1: -1}
+    place = [*np.argsort(order), -1]
     scenes = [shuffled(rng, drawn[i][0]) for i in order]
     texts, claims, nouns = zip(*(caption for objects in scenes for caption in tell(rng, objects)), strict=True)
     pictures = np.stack([paint(rng, objects) for objects in scenes])
     boxes = propose(pictures)
+    tight = [[mask(o.shape, o.across)[1] + (o.x, o.y) * 2 - o.across // 2 for o in objects] for objects in scenes]
     return Scenes(
         pictures, list(texts), np.repeat(np.arange(count, dtype=np.int64), CAPTIONS), describe(pictures, boxes), boxes,
-        scenes, [np.stack([box_of(o) for o in objects]).astype(np.float32) for objects in scenes], list(nouns),
+        scenes, [np.array(t, np.float32) / SIDE for t in tight], list(nouns),
         list(claims), np.array([place[drawn[i][1]] for i in order], np.int64), [drawn[i][2] for i in order],
     )  # fmt: skip
 
@@ -483,5 +466,4 @@ def oracle(scenes: Scenes) -> np.ndarray:
     phrases = {phrase for phrases, _ in scenes.claims for phrase in phrases}
     having = {p: {i for i, objects in enumerate(scenes.objects) if any(fits(o, p) for o in objects)} for p in phrases}
     likely = [set.intersection(*(having[phrase] for phrase in phrases)) for phrases, _ in scenes.claims]
-    pairs = zip(scenes.claims, likely, strict=True)
-    return np.array([sum(holds(claim, scenes.objects[i]) for i in some) for claim, some in pairs], np.int64)
+    return np.array([sum(holds(c, scenes.objects[i]) for i in at) for c, at in zip(scenes.claims, likely, strict=True)])
