@@ -36,16 +36,13 @@ def curves(history: list[dict], path: Path) -> None:
     left.set(xlabel="epoch", title="training loss, per pair")
     for way, color, name in (("i2t", "#4575b4", "image to text"), ("t2i", "#f46d43", "text to image")):
         for stage, style in (("global", ":"), ("two_stage", "-")):
-            if stage in history[0]["val"]:
-                recall = [line["val"][stage][way]["r1"] for line in history]
-                middle.plot(epochs, recall, style, marker=".", color=color,
-                            label=f"{name}, {stage.replace('_', '-')}")
+            recall = [line["val"][stage][way]["r1"] for line in history]
+            middle.plot(epochs, recall, style, marker=".", color=color, label=f"{name}, {stage.replace('_', '-')}")
     middle.set(xlabel="epoch", title="validation R@1, %", ylim=(0, None))
     middle.legend(frameon=False, fontsize=8)
     for stage, style in (("global", ":"), ("two_stage", "-")):
-        if stage in history[0]["val"]:
-            right.plot(epochs, [line["val"][stage]["rsum"] for line in history], style, marker=".", color="black",
-                       label=stage.replace("_", "-"))
+        right.plot(epochs, [line["val"][stage]["rsum"] for line in history], style, marker=".", color="black",
+                   label=stage.replace("_", "-"))
     right.set(xlabel="epoch", title="validation rsum (six recalls, at most 600)", ylim=(0, None))
     right.legend(frameon=False, fontsize=8)
     for axis in (left, middle, right):

@@ -378,7 +378,10 @@ def open_split(folder: Path, name: str | None, data_root: Path | None, device: s
     device, precision = runs.resolve(device, settings.precision)
     root = data_root or (Path(settings.data_root) if settings.data_root else None)
     splits = data.load(settings.dataset, root, (name,) if name else ("test", "val"))
+    if name and name not in splits:
+        raise BadInput(f"{root}: {settings.dataset} has no {name} split here")
     split = splits[name] if name else splits.get("test", splits.get("val"))
+    runs.check_features(folder, split.features.dim, model)
     words = data.tokenize(split.captions, tokenizer, settings.longest)
     return settings, model.to(device), device, precision, split, words, tokenizer
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import transformers
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 import scenes
@@ -120,6 +121,8 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
             num_attention_heads=4, intermediate_size=256, max_position_embeddings=settings.longest,
         )
         return BertModel(config, add_pooling_layer=False), tokenizer
+    transformers.logging.set_verbosity_error()  # else it reports at length on the pooler, which is not used
+    transformers.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         bert = BertModel.from_pretrained(name, add_pooling_layer=False)
@@ -214,6 +217,13 @@ def open_run(folder: Path) -> tuple[Settings, tgdt.TGDT, BertTokenizer]:
     except RuntimeError as error:
         raise BadInput(f"{path}: its weights do not fit {folder / 'settings.json'}") from error
     return settings, model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def check_features(folder: Path, found: int, model: tgdt.TGDT) -> None:
+    """Raises BadInput when the data's region features are not as wide as those the run was trained on."""
+    trained = model.region_encoder.geometry[0].in_features - 5
+    if found != trained:
+        raise BadInput(f"{folder} was trained on region features of {trained} numbers, the data has {found}")
 
 
 def save_settings(folder: Path, settings: Settings) -> None:

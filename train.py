@@ -21,6 +21,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,6 +32,7 @@ import figures
 import losses
 import retrieve
 import run as runs
+import tgdt
 from data import BadInput
 from run import Settings
 
@@ -50,7 +52,7 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
     # PyTorch's fused attention for processors has a slow backward pass: plain matrix products take half its time.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with retrieve.autocast(device, precision), attention:
-        images, texts = model.encode_images(batch), model.encode_texts(batch)
+        images, texts = model.encode_images(batch), encode_by_length(model, batch, 1 if device.type == "cuda" else 4)
     row = batch["image_row"]
     local = losses.local_similarity(
         images.tokens.float(), images.mask, texts.tokens.float(), texts.mask, settings.words
@@ -60,6 +62,25 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
         positives=row[:, None] == row[None, :], margin=settings.margin, intra_margin=settings.intra_margin,
         local_weight=settings.local_weight, negatives="mean" if easy else "hardest",
     )
+
+
+def encode_by_length(model: torch.nn.Module, batch: dict, groups: int) -> tgdt.Encoded:
+    """`model.encode_texts(batch)`, computed in groups of captions of like length: the same result, less padding.
+
+    A processor gains a third of the time where captions differ in length; a GPU is better off with one group.
+    """
+    ids, mask = batch["word_ids"], batch["word_mask"]
+    order = mask.sum(1).argsort()
+    parts = []
+    for rows in order.chunk(groups):
+        longest = int(mask[rows].sum(1).max())
+        parts.append(model.encode_texts({"word_ids": ids[rows, :longest], "word_mask": mask[rows, :longest]}))
+    widest = parts[-1].tokens.shape[1]
+    padded = [F.pad(part.tokens, (0, 0, 0, widest - part.tokens.shape[1])) for part in parts]
+    masks = [F.pad(part.mask, (0, widest - part.mask.shape[1])) for part in parts]
+    back = order.argsort()
+    return tgdt.Encoded(torch.cat([part.globals for part in parts])[back], torch.cat(padded)[back],
+                        torch.cat(masks)[back])
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -118,21 +139,19 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
     last = runs.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
     bert, tokenizer = runs.text_encoder(settings)
     feature_dim = splits["train"].features.dim
-    if last and last["feature_dim"] != feature_dim:
-        raise BadInput(f"{out / 'checkpoint.pt'} was trained on features of {last['feature_dim']} numbers, "
-                       f"those in {settings.data_root} have {feature_dim}")
-    model = runs.build(settings, bert, feature_dim).to(where)
+    model = runs.build(settings, bert, last["feature_dim"] if last else feature_dim).to(where)
+    runs.check_features(out, feature_dim, model)
     optimizer = make_optimizer(model, settings)
     words = {name: data.tokenize(split.captions, tokenizer, settings.longest) for name, split in splits.items()}
 
     out.mkdir(parents=True, exist_ok=True)
     runs.save_settings(out, settings)
     tokenizer.save_pretrained(out / "tokenizer")
-    epoch, step, history = 0, 0, []
+    epoch, step, history, total, count = 0, 0, [], 0.0, 0  # total and count: the loss of the epoch in hand
     if last:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        epoch, step, history = last["epoch"], last["step"], last["history"]
+        epoch, step, history, total, count = (last[name] for name in ("epoch", "step", "history", "total", "count"))
         torch.set_rng_state(last["rng"])
         if where.type == "cuda" and "cuda_rng" in last:
             torch.cuda.set_rng_state(last["cuda_rng"])
@@ -143,7 +162,7 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
 
     def save_last() -> None:
         state = model_state() | {"optimizer": optimizer.state_dict(), "step": step, "history": history,
-                                 "rng": torch.get_rng_state()}
+                                 "total": total, "count": count, "rng": torch.get_rng_state()}
         if where.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         runs.write_whole(out / "checkpoint.pt", lambda file: torch.save(state, file))
@@ -156,7 +175,6 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
     with Interrupt() as interrupt, bar:
         while epoch < settings.epochs:
             model.train()
-            total, count = 0.0, 0
             # The loader's own generator keeps its hands off the global one, on which an exact resume rests.
             loader = DataLoader(pairs, sampler=data.epoch_batches(*plan, epoch)[step:], batch_size=None,
                                 num_workers=workers, pin_memory=where.type == "cuda", generator=torch.Generator())
@@ -187,12 +205,14 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
                     save_last()
                     saved = time.perf_counter()
             epoch, step = epoch + 1, 0
-            result = retrieve.measure(model, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
-            result = {name: result[name] for name in ("global", "two_stage") if name in result}
-            final = result.get("two_stage", result["global"])
-            history.append({"epoch": epoch, "loss": total / max(1, count), "lr": settings.lr * factor,
-                            "seconds": round(time.perf_counter() - started, 1), "val": result})
-            best = final["rsum"] >= max(h["val"].get("two_stage", h["val"]["global"])["rsum"] for h in history)
+            val = retrieve.measure(model, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
+            final = val["two_stage"]
+            history.append({"epoch": epoch, "loss": total / count,
+                            "lr": settings.lr * rate(epoch * per_epoch - 1, per_epoch, settings),
+                            "seconds": round(time.perf_counter() - started, 1),
+                            "val": {name: val[name] for name in ("global", "two_stage")}})
+            total, count = 0.0, 0
+            best = final["rsum"] >= max(line["val"]["two_stage"]["rsum"] for line in history)
             if best:
                 runs.write_whole(out / "best.pt", lambda file: torch.save(model_state(), file))
             save_last()
@@ -215,6 +235,8 @@ def report(model: torch.nn.Module, splits: dict, words: dict, tokenizer: BertTok
     """Evaluate on test (val where there is none), print the table, write metrics.json and the pictures."""
     name = "test" if "test" in splits else "val"
     split = splits[name]
+    if name == "val":
+        print(f"{settings.dataset} has no test split here: the figures are those of val, which chose the checkpoint")
     result, images, texts = retrieve.measure(model, split, words[name], settings, device, precision)
     runs.write_json(out / "metrics.json", result)
     print(retrieve.table(result))

@@ -1,0 +1,144 @@
+"""The model: parity with the released weights, and embeddings that depend on nothing but their own input."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import losses
+import tgdt
+
+PARITY = Path(__file__).parent / "parity"
+TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+                 max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def model() -> tgdt.TGDT:
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False)
+    return tgdt.TGDT(bert, feature_dim=12, dim=8, region_width=16, region_layers=1, feedforward=32).eval()
+
+
+def make_batch(regions: int = 5, words: int = 9) -> dict[str, torch.Tensor]:
+    """Three pairs with ragged regions and captions, padded to the widths given."""
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "regions": torch.randn(3, 5, 12, generator=g),
+        "boxes": torch.rand(3, 5, 4, generator=g),
+        "region_mask": torch.arange(5) < torch.tensor([[5], [2], [3]]),
+        "word_ids": torch.randint(1, 100, (3, 9), generator=g),
+        "word_mask": torch.arange(9) < torch.tensor([[9], [4], [6]]),
+    }
+    noise = {"regions": 7.0, "boxes": 0.5, "region_mask": False, "word_ids": 3, "word_mask": False}
+    for name, width in (("regions", regions), ("boxes", regions), ("region_mask", regions), ("word_ids", words),
+                        ("word_mask", words)):
+        extra = width - batch[name].shape[1]
+        filler = torch.full((3, extra, *batch[name].shape[2:]), noise[name], dtype=batch[name].dtype)
+        batch[name] = torch.cat([batch[name], filler], 1)
+    return batch
+
+
+@torch.inference_mode()
+def both(model: tgdt.TGDT, batch: dict) -> tuple[tgdt.Encoded, tgdt.Encoded]:
+    return model.encode_images(batch), model.encode_texts(batch)
+
+
+def test_shapes_lengths_and_what_counts_as_a_word(model):
+    images, texts = both(model, make_batch())
+    assert images.globals.shape == texts.globals.shape == (3, 8)
+    assert images.tokens.shape == (3, 5, 8) and texts.tokens.shape == (3, 7, 8)
+    for encoded in (images.globals, images.tokens, texts.globals, texts.tokens):
+        assert torch.allclose(encoded.norm(dim=-1), torch.ones(encoded.shape[:-1]), atol=1e-5)
+    assert images.mask.sum(1).tolist() == [5, 2, 3]
+    assert texts.mask.sum(1).tolist() == [7, 2, 4]  # 9, 4 and 6 pieces without [CLS] and [SEP]; the last word stays
+
+
+def test_an_embedding_does_not_change_with_the_padding_of_its_batch(model):
+    """The released global encoder has no padding mask and fails this."""
+    for ours, padded in zip(both(model, make_batch()), both(model, make_batch(regions=8, words=15)), strict=True):
+        assert torch.allclose(ours.globals, padded.globals, atol=1e-6)
+        assert torch.allclose(ours.tokens[ours.mask], padded.tokens[padded.mask], atol=1e-6)
+
+
+def test_an_embedding_does_not_change_with_the_order_and_size_of_its_batch(model):
+    batch = make_batch()
+    whole = both(model, batch)
+    order = torch.tensor([2, 0, 1])
+    turned = both(model, {name: value[order] for name, value in batch.items()})
+    for a, b in zip(whole, turned, strict=True):
+        assert torch.allclose(a.globals[order], b.globals, atol=1e-6)
+    for row in range(3):
+        alone = both(model, {name: value[row : row + 1] for name, value in batch.items()})
+        for a, b in zip(whole, alone, strict=True):
+            assert torch.allclose(a.globals[row], b.globals[0], atol=1e-6)
+            assert torch.allclose(a.tokens[row][a.mask[row]], b.tokens[0][b.mask[0]], atol=1e-6)
+
+
+def test_the_order_of_regions_does_not_matter_but_the_boxes_do(model):
+    batch = make_batch()
+    batch["region_mask"][:] = True
+    order = torch.tensor([3, 1, 4, 0, 2])
+    turned = {**batch, "regions": batch["regions"][:, order], "boxes": batch["boxes"][:, order]}
+    moved = {**batch, "boxes": batch["boxes"].flip(1)}
+    with torch.inference_mode():
+        first, second, third = (model.encode_images(b) for b in (batch, turned, moved))
+    assert torch.allclose(first.globals, second.globals, atol=1e-6)
+    assert torch.allclose(first.tokens[:, order], second.tokens, atol=1e-6)
+    assert not torch.allclose(first.globals, third.globals, atol=1e-3)
+
+
+def test_token_guidance_both_losses_train_every_part(model):
+    """The released training path detaches the tokens; here the global loss reaches BERT and the region encoder."""
+    images, texts = model.encode_images(make_batch()), model.encode_texts(make_batch())
+    model.zero_grad()
+    losses.hinge(images.globals @ texts.globals.T, margin=2.0).backward()
+    for part in (model.bert.encoder, model.region_encoder, model.image_branch.local_encoder):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters() if p.ndim > 1)
+
+
+def test_the_first_layers_of_bert_give_its_hidden_state(model):
+    torch.manual_seed(1)
+    bert = BertModel(BertConfig(**{**TINY_BERT, "num_hidden_layers": 4}), add_pooling_layer=False).eval()
+    ids = torch.randint(1, 100, (2, 7))
+    with torch.inference_mode():
+        want = bert(input_ids=ids, output_hidden_states=True).hidden_states[3]
+        assert torch.allclose(tgdt.first_layers(bert, 3)(input_ids=ids).last_hidden_state, want, atol=1e-6)
+    with pytest.raises(ValueError, match="3 layers"):
+        tgdt.first_layers(bert, 4)
+
+
+def test_released_weights_give_the_released_outputs():
+    model = tgdt.load_released(PARITY / "tgdt_released_tiny.pth.tar", BertConfig(**TINY_BERT))
+    assert not model.training
+    with np.load(PARITY / "tgdt_released_tiny.npz", allow_pickle=False) as arrays:
+        given = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    batch = {
+        "regions": given["regions"], "boxes": given["boxes"],
+        "region_mask": torch.ones(given["regions"].shape[:2], dtype=torch.bool),
+        "word_ids": given["word_ids"], "word_mask": torch.ones_like(given["word_ids"], dtype=torch.bool),
+    }
+    images, texts = both(model, batch)
+    # The released text tokens still hold [SEP]'s, the last of ten; ours do not.
+    for ours, theirs in ((images.globals, given["image_global"]), (texts.globals, given["text_global"]),
+                         (images.tokens, given["image_tokens"]), (texts.tokens, given["text_tokens"][:, :9])):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    # The released similarity cuts off the last word piece together with [SEP].
+    cut = texts.mask.clone()
+    cut[:, -1] = False
+    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, cut)
+    assert torch.allclose(10 * local, given["local_similarity_x10"], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_a_released_checkpoint_is_refused_by_name(tmp_path):
+    nonsense = tmp_path / "weights.pth.tar"
+    nonsense.write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="weights.pth.tar"):
+        tgdt.load_released(nonsense)
+    other = tmp_path / "other.pth.tar"
+    torch.save({"model": {}}, other)
+    with pytest.raises(ValueError, match="other.pth.tar"):
+        tgdt.load_released(other)
+    with pytest.raises(ValueError, match="expected"):  # the tiny BERT is not bert-base
+        tgdt.load_released(PARITY / "tgdt_released_tiny.pth.tar")

@@ -1,0 +1,275 @@
+"""Training end to end on a tiny SCAN folder: the run folder, resume, kills, Ctrl-C, bad input, both command lines."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import retrieve
+import run as runs
+import train
+from data import BadInput
+
+ROOT = Path(__file__).parent.parent
+WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A tiny BERT folder, as `--text-encoder FOLDER` takes it."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Eight training and four validation images of 3 regions x 6 numbers, two captions each; no test split."""
+    folder = tmp_path_factory.mktemp("scan")
+    rng = np.random.default_rng(0)
+    for name, images in (("train", 8), ("dev", 4)):
+        np.save(folder / f"{name}_ims.npy", rng.normal(size=(images, 3, 6)).astype(np.float32))
+        captions = [" ".join(rng.choice(WORDS, 6)) for _ in range(2 * images)]
+        (folder / f"{name}_caps.txt").write_text("\n".join(captions))
+    return folder
+
+
+@pytest.fixture
+def flags(root, bert, tmp_path) -> list[str]:
+    return ["--dataset", "flickr8k", "--data-root", str(root), "--text-encoder", str(bert), "--text-layers", "1",
+            "--dim", "8", "--region-width", "8", "--feedforward", "16", "--batch-size", "4", "--epochs", "2",
+            "--device", "cpu", "--out", str(tmp_path / "run")]
+
+
+def weights(folder: Path, name: str = "checkpoint.pt") -> dict[str, torch.Tensor]:
+    return runs.read_checkpoint(folder / name)["model"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_its_folder_and_prints_the_table(flags, tmp_path, capsys):
+    assert train.main(flags) == 0
+    out = tmp_path / "run"
+    names = {"settings.json", "checkpoint.pt", "best.pt", "history.jsonl", "metrics.json", "curves.png",
+             "retrieval.png", "alignment.png", "tokenizer"}
+    assert {p.name for p in out.iterdir()} == names
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in history] == [1, 2]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["split"] == "val" and metrics["images"] == 4 and metrics["captions"] == 8
+    assert {"global", "local", "two_stage"} <= metrics.keys()
+    assert set(metrics["two_stage"]["i2t"]) == {"r1", "r5", "r10", "median_rank", "mean_rank"}
+    text = capsys.readouterr().out
+    assert "no test split" in text
+    assert all(name in text for name in ("global only", "exhaustive local", "two-stage"))
+
+    # The evaluation of the run folder says the same, also after the text encoder's own folder is gone.
+    assert retrieve.main(["evaluate", str(out)]) == 0
+    again = capsys.readouterr().out
+    assert [line[:70] for line in again.splitlines() if line.startswith("two-stage")] == [
+        line[:70] for line in text.splitlines() if line.startswith("two-stage")]
+    picture = tmp_path / "found.png"
+    assert retrieve.main(["search", str(out), "a red dog", "--top", "2", "--save", str(picture)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3 and picture.stat().st_size > 0
+    assert retrieve.main(["search", str(out), "--image", "2", "--top", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_does_not(flags, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train.main([*flags[:-1], str(tmp_path / name), "--seed", seed]) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("steps", [2, 4, 6])
+def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path, monkeypatch, steps):
+    """Stopped by Ctrl-C after some steps of four an epoch, with dropout at work, then resumed."""
+    whole = tmp_path / "whole"
+    assert train.main([*flags[:-1], str(whole)]) == 0
+
+    objective, seen = train.objective, []
+
+    def interrupted(*arguments):
+        seen.append(1)
+        if len(seen) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return objective(*arguments)
+
+    monkeypatch.setattr(train, "objective", interrupted)
+    assert train.main(flags) == 130
+    assert len(seen) == steps
+    out = tmp_path / "run"
+    state = runs.read_checkpoint(out / "checkpoint.pt")
+    assert state["epoch"] * 4 + state["step"] == steps
+    monkeypatch.setattr(train, "objective", objective)
+    assert retrieve.main(["evaluate", str(out)]) == 0  # usable as it stands
+    assert train.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
+    assert same(weights(whole), weights(out)) and same(weights(whole, "best.pt"), weights(out, "best.pt"))
+    lines = [[json.loads(line) for line in (f / "history.jsonl").read_text().splitlines()] for f in (whole, out)]
+    assert [line["val"] for line in lines[0]] == [line["val"] for line in lines[1]]
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    runs.write_whole(path, lambda file: file.write(b"old and whole"))
+
+    def killed(file):
+        file.write(b"new, ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_whole(path, killed)
+    assert path.read_bytes() == b"old and whole"
+
+
+def test_a_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), train.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.seen
+        os.kill(os.getpid(), signal.SIGINT)
+    assert threading.current_thread() is threading.main_thread()
+
+
+def refused(arguments: list[str], capsys, *said: str) -> None:
+    before = {p: p.read_bytes() for p in Path(arguments[arguments.index("--out") + 1]).rglob("*") if p.is_file()}
+    assert train.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    for words in said:
+        assert words in message
+    after = {p: p.read_bytes() for p in Path(arguments[arguments.index("--out") + 1]).rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(flags) == 0
+    capsys.readouterr()
+    refused(flags, capsys, str(out), "--resume")
+    refused([*flags, "--resume", "--dim", "16"], capsys, "--dim", "8", "16")
+    refused([*flags, "--resume", "--seed", "3"], capsys, "--seed 0, not 3")
+    (out / "checkpoint.pt").write_bytes(b"no checkpoint")
+    refused([*flags, "--resume"], capsys, "checkpoint.pt", "not a checkpoint")
+    torch.save({"other": 1}, out / "checkpoint.pt")
+    refused([*flags, "--resume"], capsys, "checkpoint.pt", "not a checkpoint")
+    (out / "settings.json").write_text("{")
+    refused([*flags, "--resume"], capsys, "settings.json")
+
+
+def test_resume_wants_a_run_and_the_features_it_was_trained_on(flags, root, tmp_path, capsys):
+    refused([*flags, "--resume"], capsys, "no run here")
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    for name in ("train", "dev"):
+        np.save(wide / f"{name}_ims.npy", np.zeros((2, 3, 7), np.float32))
+        (wide / f"{name}_caps.txt").write_text("a dog\na cat\nred ball\nblue ball\n")
+    capsys.readouterr()
+    assert retrieve.main(["evaluate", str(tmp_path / "run"), "--data-root", str(wide)]) == 2
+    message = capsys.readouterr().err
+    assert "6 numbers" in message and "7" in message
+    assert retrieve.main(["evaluate", str(tmp_path / "run"), "--split", "test"]) == 2
+    assert "no test split" in capsys.readouterr().err
+
+
+def test_more_epochs_may_be_asked_for(flags, tmp_path):
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    assert train.main([*flags, "--epochs", "3", "--resume"]) == 0
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_bad_data_and_a_missing_text_encoder_end_in_one_line(flags, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    at = flags.index("--text-encoder") + 1
+    refused([*flags[:at], str(tmp_path / "nowhere"), *flags[at + 1 :]], capsys, "nowhere", "--text-encoder")
+    at = flags.index("--data-root") + 1
+    refused([*flags[:at], str(tmp_path / "nothing"), *flags[at + 1 :]], capsys, "nothing")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("train", "dev"):
+        features = np.load(root / f"{name}_ims.npy")
+        if name == "train":
+            features[5, 1, 2] = np.nan
+        np.save(broken / f"{name}_ims.npy", features)
+        (broken / f"{name}_caps.txt").write_text((root / f"{name}_caps.txt").read_text())
+    assert train.main([*flags[:at], str(broken), *flags[at + 1 :]]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "train_ims.npy" in message and "5" in message
+
+
+def test_workers_read_the_same_batches(flags, tmp_path):
+    assert train.main([*flags[:-1], str(tmp_path / "a"), "--epochs", "1"]) == 0
+    assert train.main([*flags[:-1], str(tmp_path / "b"), "--epochs", "1", "--workers", "2"]) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_texts_in_groups_of_like_length_are_encoded_alike(bert):
+    settings = runs.make_settings({"dataset": "flickr8k", "text_encoder": str(bert), "text_layers": 2, "dim": 8,
+                                   "region_width": 8, "feedforward": 16})
+    model = runs.build(settings, runs.text_encoder(settings)[0], 6).eval()
+    ids = torch.randint(5, 20, (7, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"word_ids": ids, "word_mask": torch.arange(12) < torch.tensor([[12], [3], [7], [4], [12], [5], [9]])}
+    with torch.inference_mode():
+        whole, grouped = model.encode_texts(batch), train.encode_by_length(model, batch, 3)
+    assert torch.allclose(whole.globals, grouped.globals, atol=1e-6)
+    assert torch.equal(whole.mask, grouped.mask)
+    assert torch.allclose(whole.tokens[whole.mask], grouped.tokens[grouped.mask], atol=1e-6)
+
+
+def test_the_learning_rate():
+    settings = runs.make_settings({"dataset": "flickr8k", "epochs": 4, "warmup": 10, "drop_every": 2})
+    rates = [train.rate(step, 25, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1 and rates[10] == 1
+    assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
+    settings.schedule = "step"
+    assert [train.rate(step, 25, settings) for step in (30, 49, 50, 99)] == pytest.approx([1, 1, 0.1, 0.1])
+
+
+def test_the_paper_preset_is_the_released_configuration():
+    paper = runs.make_settings({"dataset": "flickr30k", "preset": "paper"})
+    model = runs.build(runs.make_settings({"dataset": "flickr30k", "preset": "paper"}), tiny_bert(), 32)
+    assert (paper.dim, paper.batch_size, paper.lr, paper.clip, paper.warmup) == (1024, 30, 1e-5, 2.0, 1000)
+    assert (paper.optimizer, paper.schedule, paper.drop_every, paper.words) == ("adam", "step", 20, "sum")
+    assert (paper.text_encoder, paper.text_layers, paper.local_weight) == ("bert-base-uncased", 6, 10.0)
+    assert model.region_encoder.geometry[0].weight.shape == (32, 37)
+    assert len(model.region_encoder.encoder.layers) == 4 and len(model.text_branch.global_encoder.layers) == 2
+    assert runs.make_settings({"dataset": "coco", "preset": "paper"}).batch_size == 40
+    assert runs.make_settings({"dataset": "coco", "preset": "paper", "batch_size": 8}).batch_size == 8
+
+
+def tiny_bert():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=8), add_pooling_layer=False)
+
+
+def test_scenes_learn_words_from_scratch(tmp_path):
+    """The default's own path: words from scratch, alignment measured. Accuracy is what `python train.py` shows."""
+    settings = runs.make_settings({})
+    bert, tokenizer = runs.text_encoder(settings)
+    assert tokenizer("a big red circle")["input_ids"][0] == tokenizer.cls_token_id
+    assert tokenizer.unk_token_id not in tokenizer("the leftmost of all is a tiny violet star")["input_ids"]
+    with pytest.raises(BadInput, match="scenes only"):
+        runs.text_encoder(runs.make_settings({"dataset": "flickr8k", "text_encoder": "from-scratch"}))
+
+
+@pytest.mark.parametrize("program", ["train.py", "retrieve.py"])
+def test_help(program):
+    said = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
+    assert "usage" in said.stdout
