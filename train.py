@@ -52,7 +52,7 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
     # PyTorch's fused attention for processors has a slow backward pass: plain matrix products take half its time.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with retrieve.autocast(device, precision), attention:
-        images, texts = model.encode_images(batch), encode_by_length(model, batch, 1 if device.type == "cuda" else 4)
+        images, texts = model.encode_images(batch), encode_by_length(model, batch, 1 if device.type == "cuda" else 2)
     row = batch["image_row"]
     local = losses.local_similarity(
         images.tokens.float(), images.mask, texts.tokens.float(), texts.mask, settings.words
@@ -91,7 +91,7 @@ def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Op
         {"params": list(model.bert.parameters()), "lr": settings.lr * settings.text_lr},
     ]
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
-    return kind(groups, weight_decay=settings.weight_decay)
+    return kind(groups, weight_decay=settings.weight_decay, fused=True)
 
 
 def rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
