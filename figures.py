@@ -33,7 +33,11 @@ def curves(history: list[dict], path: Path) -> None:
     epochs = [line["epoch"] for line in history]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     left.plot(epochs, [line["loss"] for line in history], ".-", color="black")
-    left.set(xlabel="epoch", title="training loss, per pair")
+    left.set(xlabel="epoch", title="training loss, per pair", ylim=(0, None))
+    easy = [line["epoch"] for line in history if line["negatives"] == "mean"]
+    if easy and len(easy) < len(history):
+        left.axvline(easy[-1] + 0.5, color=QUIET, linestyle=":")
+        left.text(easy[-1] + 0.55, 0, "hardest negatives from here", color=QUIET, fontsize=8, va="bottom")
     for way, color, name in (("i2t", "#4575b4", "image to text"), ("t2i", "#f46d43", "text to image")):
         for stage, style in (("global", ":"), ("two_stage", "-")):
             recall = [line["val"][stage][way]["r1"] for line in history]
@@ -43,7 +47,7 @@ def curves(history: list[dict], path: Path) -> None:
     for stage, style in (("global", ":"), ("two_stage", "-")):
         right.plot(epochs, [line["val"][stage]["rsum"] for line in history], style, marker=".", color="black",
                    label=stage.replace("_", "-"))
-    right.set(xlabel="epoch", title="validation rsum (six recalls, at most 600)", ylim=(0, None))
+    right.set(xlabel="epoch", title="validation rsum, at most 600", ylim=(0, None))
     right.legend(frameon=False, fontsize=8)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -94,8 +98,9 @@ def retrieval(split: data.Split, images_found: torch.Tensor, captions_found: tor
         axis.axis("off")
         for place, row in enumerate(found):
             right = split.image_of[row] == query
-            axis.text(0.02, 0.9 - place * 0.2, f"{place + 1}.  {textwrap.shorten(split.captions[row], 115)}", fontsize=10,
-                      va="center", color=RIGHT if right else WRONG, transform=axis.transAxes)
+            text = f"{place + 1}.  {textwrap.shorten(split.captions[row], 115)}"
+            axis.text(0.02, 0.9 - place * 0.2, text, fontsize=10, va="center", color=RIGHT if right else WRONG,
+                      transform=axis.transAxes)
     figure.suptitle("A caption finds pictures, a picture finds captions (green: right, red: wrong)", y=0.9, fontsize=12)
     save(figure, path)
 

@@ -27,9 +27,10 @@ from tqdm import tqdm
 import data
 import figures
 import losses
+import regions
 import run as runs
-import scenes
 from data import BadInput
+from recall import alignment, metrics, ranks, recall, shortlist_ranks
 
 QUERY_BLOCK = 256     # queries scored together in stage 1
 CORPUS_BLOCK = 65536  # corpus rows scored together in stage 1
@@ -187,52 +188,7 @@ def local_matrix(images: Embeddings, texts: Embeddings, words: str = "sum") -> T
     ], 1)
 
 
-# ------------------------------------------------------------------------------------------------ ranks, recall
-
-
-def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
-    """The rank of the best right answer of each query, 1 is first; [Q] long.
-
-    scores [Q, N]; query_image [Q] and corpus_image [N] tell which image a row belongs to, and an answer is right
-    when they agree. Among equal scores the truth ranks last, so that a constant similarity scores nothing; a NaN
-    counts as a lost comparison.
-    """
-    right = query_image[:, None] == corpus_image[None, :]
-    truth = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
-    return (~(scores < truth) & ~right).sum(1) + 1
-
-
-def shortlist_ranks(indices: Tensor, scores: Tensor, query_image: Tensor, corpus_image: Tensor,
-                    stage1: Tensor) -> Tensor:
-    """Ranks after two stages: [Q] long, from `search`'s indices and scores [Q, K].
-
-    A query whose answer is not on its shortlist has missed it: it keeps its rank in stage 1 (`stage1` [Q] from
-    `ranks`), which is beyond K. (The released evaluator gives such a query rank 1.)
-    """
-    found = corpus_image[indices]
-    hit = (found == query_image[:, None]).any(1)
-    right = found == query_image[:, None]
-    truth = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
-    within = (~(scores < truth) & ~right).sum(1) + 1
-    return torch.where(hit, within, stage1.clamp(min=indices.shape[1] + 1))
-
-
-def metrics(i2t: Tensor, t2i: Tensor) -> dict:
-    """Ranks of all image queries and of all caption queries -> R@1/5/10 in percent, median and mean rank, rsum."""
-    out = {}
-    for name, rank in (("i2t", i2t), ("t2i", t2i)):
-        rank = rank.double()
-        recalls = {f"r{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
-        out[name] = {**recalls, "median_rank": rank.quantile(0.5).item(), "mean_rank": rank.mean().item()}
-    out["rsum"] = sum(out[name][r] for name in ("i2t", "t2i") for r in ("r1", "r5", "r10"))
-    return out
-
-
-def recall(similarity: Tensor, image_of: Tensor) -> dict:
-    """The metrics of a whole similarity matrix [images, captions]; image_of [captions] is each caption's image."""
-    rows = torch.arange(len(similarity), device=similarity.device)
-    image_of = torch.as_tensor(image_of, device=similarity.device)
-    return metrics(ranks(similarity, rows, image_of), ranks(similarity.T, image_of, rows))
+# ----------------------------------------------------------------------------------------------------- evaluate
 
 
 @torch.inference_mode()
@@ -294,38 +250,6 @@ class Clock:
         return self.last - before
 
 
-@torch.inference_mode()
-def alignment(images: Embeddings, texts: Embeddings, image_of: Tensor, truth: scenes.Scenes) -> dict:
-    """Does a word look at what it names? For captions whose words' objects are known, which only scenes have.
-
-    A word is aligned when its most similar region lies on its object: intersection over union at least 0.3, or the
-    region's centre inside the object's box. Returns the percentage, and chance: that of a random region.
-    """
-    hits, chance = [], []
-    for caption, named in enumerate(truth.word_objects):
-        image = int(image_of[caption])
-        boxes = torch.from_numpy(truth.boxes[image])
-        objects = torch.from_numpy(truth.object_boxes[image]).to(boxes.dtype)
-        best = (texts.tokens[caption] @ images.tokens[image].T).argmax(1).cpu()   # [W]: one word piece a word
-        on = overlaps(boxes, objects)                                             # [regions, objects] bool
-        for word, thing in named:
-            hits.append(on[best[word], thing])
-            chance.append(on[:, thing].float().mean())
-    return {"aligned": 100 * torch.stack(hits).float().mean().item(),
-            "chance": 100 * torch.stack(chance).mean().item(), "words": len(hits)}
-
-
-def overlaps(boxes: Tensor, objects: Tensor) -> Tensor:
-    """Which of boxes [R, 4] lie on which of objects [O, 4]: IoU at least 0.3 or centre inside; [R, O] bool."""
-    low = torch.maximum(boxes[:, None, :2], objects[None, :, :2])
-    high = torch.minimum(boxes[:, None, 2:], objects[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(2)
-    area = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, objects)]
-    centre = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
-    inside = ((centre >= objects[None, :, :2]) & (centre <= objects[None, :, 2:])).all(2)
-    return inside | (shared / (area[0][:, None] + area[1][None] - shared) >= 0.3)
-
-
 # -------------------------------------------------------------------------------------------- the command line
 
 
@@ -343,7 +267,9 @@ def measure(model: torch.nn.Module, split: data.Split, words: data.Words, settin
     if settings.dataset == "coco" and exhaustive and len(images) == 5000:
         result["folds_1k"] = five_folds(images, texts, split.image_of, **options)
     if split.truth is not None and exhaustive:
-        result["alignment"] = alignment(images, texts, split.image_of, split.truth)
+        result["alignment"] = alignment(
+            texts.tokens, images.tokens, split.image_of, split.truth.boxes, split.truth.object_boxes,
+            split.truth.word_objects)
     return {"split": split.name, "images": len(images), "captions": len(texts), **result}, images, texts
 
 
@@ -393,11 +319,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_search(args: argparse.Namespace) -> None:
+    if args.caption is not None and not args.caption.strip():
+        raise BadInput("the caption is empty")
+    if args.top < 1:
+        raise BadInput(f"--top {args.top}: expected at least 1")
+    if args.save and args.save.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise BadInput(f"--save {args.save}: expected a name that ends in .png, .jpg, .pdf or .svg")
     settings, model, device, precision, split, words, tokenizer = open_split(
         args.run, args.split, args.data_root, args.device)
     if args.caption is not None:
-        if not args.caption.strip():
-            raise BadInput("the caption is empty")
         asked = data.tokenize([args.caption], tokenizer, settings.longest)
         query = encode(model, data.text_batches(asked, 1), "text", 1, device, precision)
         corpus = encode(model, data.image_batches(split, 128), "image", len(split.features), device, precision)
@@ -431,13 +361,14 @@ def picture_query(split: data.Split, name: str) -> tuple[dict[str, Tensor], Imag
         row = split.image_names.index(name if name in split.image_names else plain)
     elif split.truth is not None and Path(name).is_file():
         try:
-            picture = Image.open(name).convert("RGB").resize((scenes.SIDE, scenes.SIDE))
+            picture = Image.open(name).convert("RGB").resize((regions.SIDE, regions.SIDE))
         except OSError as error:
             raise BadInput(f"{name}: not a picture ({error})") from error
         pixels = np.asarray(picture)[None]
-        boxes = scenes.propose(pixels)
-        found = data.InMemory(name, scenes.describe(pixels, boxes), boxes)
-        return data.image_side(found, np.zeros(1, np.int64)) | {"image_index": torch.zeros(1, dtype=torch.long)}, picture
+        boxes = regions.propose(pixels)
+        found = data.InMemory(name, regions.describe(pixels, boxes), boxes)
+        batch = data.image_side(found, np.zeros(1, np.int64))
+        return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, picture
     else:
         raise BadInput(f"{name}: neither a picture of the {split.name} split, by name or by row (0 to "
                        f"{len(split.image_names) - 1}), nor, on scenes, a picture file")

@@ -43,7 +43,7 @@ class Settings:
     longest: int = setting(64, "captions are cut to so many word pieces, [CLS] and [SEP] counted")
     # architecture
     dim: int = setting(256, "D, size of the joint embedding")
-    region_width: int | None = setting(512, "width of the region encoder; 0 is the features' own, as in the paper")
+    region_width: int = setting(512, "width of the region encoder; 0 is the features' own, as in the paper")
     region_layers: int = setting(1, "layers of the region encoder")
     local_layers: int = setting(1, "layers of each local encoder")
     global_layers: int = setting(1, "layers of each global encoder")
@@ -72,6 +72,19 @@ class Settings:
     # retrieval
     captions_shortlist: int = setting(50, "captions on an image's shortlist")
     images_shortlist: int = setting(100, "images on a caption's shortlist")
+
+    def __post_init__(self):
+        """Raises BadInput for a value that no run can have."""
+        for name in ("epochs", "text_layers", "dim", "heads", "feedforward", "captions_per_image", "captions_shortlist",
+                     "images_shortlist", "drop_every", "local_layers", "global_layers", "region_layers"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if self.batch_size < 2:
+            raise BadInput(f"--batch-size {self.batch_size}: expected at least 2, so that there are negatives")
+        for name in ("dim", "region_width"):
+            if getattr(self, name) % self.heads:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a multiple of the "
+                               f"{self.heads} heads")
 
     @property
     def shortlist(self) -> tuple[int, int]:
@@ -114,7 +127,7 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
     name = settings.text_encoder
     if name == "from-scratch":
         if settings.dataset != "scenes":
-            raise BadInput("--text-encoder from-scratch knows the words of the scenes only; give a BERT's name or folder")
+            raise BadInput("--text-encoder from-scratch knows the words of scenes only; give a BERT's name or folder")
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *scenes.VOCABULARY]
         tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
         config = BertConfig(
@@ -131,8 +144,8 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
                                          attention_probs_dropout_prob=settings.dropout)
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"cannot load the text encoder {name!r}: it is neither a folder with config.json, weights and tokenizer nor "
-            f"a model of huggingface.co within reach. Download huggingface.co/{name} elsewhere and give its folder to "
+            f"cannot load the text encoder {name!r}: neither a folder with config.json, weights and tokenizer nor a "
+            f"model of huggingface.co within reach. Download huggingface.co/{name} elsewhere and give its folder to "
             f"--text-encoder. ({str(error).splitlines()[0]})"
         ) from error
     try:
@@ -219,7 +232,10 @@ def open_run(folder: Path) -> tuple[Settings, tgdt.TGDT, BertTokenizer]:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise BadInput(f"{path}: its weights do not fit {folder / 'settings.json'}") from error
-    return settings, model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    try:
+        return settings, model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / 'tokenizer'}: no tokenizer that can be read") from error
 
 
 def check_features(folder: Path, found: int, model: tgdt.TGDT) -> None:

@@ -4,6 +4,9 @@
     python train.py --dataset flickr30k --data-root DIR          Flickr30K from its feature files
     python train.py --dataset coco --data-root DIR --preset paper --device cuda
 
+--preset small (the default) is for a laptop, and on scenes smaller still; --preset paper has the released sizes and
+rates. Any setting given beside it counts.
+
 The run folder holds settings.json, checkpoint.pt (the last state), best.pt (by validation rsum), history.jsonl (a
 line an epoch), metrics.json, and the pictures curves.png, retrieval.png and alignment.png. Ctrl-C saves the state
 and stops; --resume goes on from it, on exactly the path that the uninterrupted run would have taken.
@@ -208,6 +211,7 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
             val = retrieve.measure(model, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
             final = val["two_stage"]
             history.append({"epoch": epoch, "loss": total / count,
+                            "negatives": "mean" if epoch <= settings.easy_epochs else "hardest",
                             "lr": settings.lr * rate(epoch * per_epoch - 1, per_epoch, settings),
                             "seconds": round(time.perf_counter() - started, 1),
                             "val": {name: val[name] for name in ("global", "two_stage")}})
@@ -266,16 +270,18 @@ def draw(split: data.Split, images: retrieve.Embeddings, texts: retrieve.Embeddi
 
 
 def parser() -> argparse.ArgumentParser:
-    """One flag a setting; their defaults come from the preset, so that --help can show both presets."""
+    """One flag a setting. Their defaults come from the preset, so --help shows each preset's value."""
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    small, paper = (runs.make_settings({"dataset": "flickr30k", "preset": p}) for p in ("small", "paper"))
+    presets = {"scenes": runs.make_settings({}), "small": runs.make_settings({"dataset": "flickr30k"}),
+               "paper": runs.make_settings({"dataset": "flickr30k", "preset": "paper"})}
     for f in fields(Settings):
         kind = f.default.__class__ if f.default is not None else str
         note = f.metadata["help"]
-        if getattr(small, f.name) != getattr(paper, f.name) and f.name != "preset":
-            note += f" (small {getattr(small, f.name)}, paper {getattr(paper, f.name)})"
-        elif f.name not in runs.SCENES and f.default is not None:
-            note += f" (default {f.default})"
+        values = {name: getattr(preset, f.name) for name, preset in presets.items()}
+        if f.name in ("dataset", "preset") or len(set(values.values())) == 1:
+            note += f" (default {f.default})" if f.default is not None else ""
+        else:
+            note += f" ({', '.join(f'{name} {value}' for name, value in values.items())})"
         out.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=f.metadata["choices"], help=note,
                          metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[kind])
     out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
@@ -310,9 +316,9 @@ def resumed(out: Path, given: dict) -> Settings:
     for name, value in given.items():
         before = getattr(stored, name)
         if value is not None and value != before:
-            if name != "epochs":
+            if name != "epochs" or value < before:
                 raise BadInput(f"{out} holds a run with --{name.replace('_', '-')} {before}, not {value}: "
-                               "resume it with its own settings, or give another folder by --out")
+                               "resume it with its own settings (more --epochs are welcome), or give another --out")
             stored.epochs = value
     return stored
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
+import recall
 import retrieve
 from retrieve import Embeddings
 
@@ -83,8 +84,8 @@ def test_ranks_by_hand():
     similarity = torch.tensor([[0.1, 0.7, 0.9, 0.2],   # image 0: its best caption is second
                                [0.3, 0.2, 0.4, 0.5]])  # image 1: first
     image_of, rows = torch.tensor([0, 0, 1, 1]), torch.arange(2)
-    assert retrieve.ranks(similarity, rows, image_of).tolist() == [2, 1]
-    assert retrieve.ranks(similarity.T, image_of, rows).tolist() == [2, 1, 2, 1]
+    assert recall.ranks(similarity, rows, image_of).tolist() == [2, 1]
+    assert recall.ranks(similarity.T, image_of, rows).tolist() == [2, 1, 2, 1]
     out = retrieve.recall(similarity, image_of)
     assert out["i2t"] == {"r1": 50.0, "r5": 100.0, "r10": 100.0, "median_rank": 1.5, "mean_rank": 1.5}
     assert out["rsum"] == pytest.approx(500.0)
@@ -115,7 +116,7 @@ def test_a_shortlist_miss_is_a_miss():
     assert result["two_stage"]["i2t"]["r1"] <= 5 and result["two_stage"]["t2i"]["r1"] <= 2
     # A query whose answer is not on the list keeps its rank of stage 1, which lies beyond the list.
     indices = torch.tensor([[3, 1]])
-    ranks = retrieve.shortlist_ranks(indices, torch.tensor([[0.9, 0.8]]), torch.tensor([7]), torch.arange(10),
+    ranks = recall.shortlist_ranks(indices, torch.tensor([[0.9, 0.8]]), torch.tensor([7]), torch.arange(10),
                                      torch.tensor([6]))
     assert ranks.tolist() == [6]
 
@@ -139,4 +140,4 @@ def test_a_region_lies_on_an_object():
         [0.25, 0.1, 0.45, 0.4],  # IoU 0.03 / 0.07 >= 0.3
         [0.6, 0.6, 0.9, 0.9],    # elsewhere
     ])
-    assert retrieve.overlaps(boxes, objects)[:, 0].tolist() == [True, True, False, True, False]
+    assert recall.overlaps(boxes, objects)[:, 0].tolist() == [True, True, False, True, False]

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+import regions
 import scenes
 
 
@@ -161,16 +162,16 @@ def test_captions_of_twins_often_touch_the_difference(val):
 
 
 def test_regions_come_from_pixels_alone(val):
-    boxes = scenes.propose(val.pictures[40:60])  # another batch, no truth at hand
+    boxes = regions.propose(val.pictures[40:60])  # another batch, no truth at hand
     assert (boxes == val.boxes[40:60]).all()
-    assert np.allclose(scenes.describe(val.pictures[40:60], boxes), val.regions[40:60], atol=1e-6)
+    assert np.allclose(regions.describe(val.pictures[40:60], boxes), val.regions[40:60], atol=1e-6)
     blank = np.full((1, 128, 128, 3), 90, np.uint8)
-    assert scenes.describe(blank, scenes.propose(blank)).shape == (1, 36, 181)
+    assert regions.describe(blank, regions.propose(blank)).shape == (1, 36, 181)
 
 
 def test_boxes_are_boxes_and_mostly_no_objects(val):
     assert val.boxes.min() >= 0 and val.boxes.max() <= 1 and (val.boxes[..., :2] < val.boxes[..., 2:]).all()
-    overlaps = [scenes.overlap(mine, found) for mine, found in zip(val.object_boxes, val.boxes, strict=True)]
+    overlaps = [regions.overlap(mine, found) for mine, found in zip(val.object_boxes, val.boxes, strict=True)]
     best = np.concatenate([o.max(1) for o in overlaps])
     assert (best >= 0.5).mean() > 0.9 and (best >= 0.3).mean() > 0.95
     for k, found in enumerate(val.boxes):
@@ -192,6 +193,6 @@ def test_object_boxes_are_where_the_colour_is():
 @pytest.mark.parametrize("shape, kind", [((2, 64, 64, 3), "u1"), ((2, 128, 128, 3), "f4"), ((0, 128, 128, 3), "u1")])
 def test_other_arrays_are_refused(shape, kind):
     with pytest.raises(ValueError, match="pictures should be uint8"):
-        scenes.propose(np.zeros(shape, kind))
+        regions.propose(np.zeros(shape, kind))
     with pytest.raises(ValueError, match="boxes should be"):
-        scenes.describe(np.zeros((2, 128, 128, 3), np.uint8), np.zeros((1, 36, 4)))
+        regions.describe(np.zeros((2, 128, 128, 3), np.uint8), np.zeros((1, 36, 4)))

@@ -13,6 +13,7 @@ import torch
 
 import retrieve
 import run as runs
+import tgdt
 import train
 from data import BadInput
 
@@ -163,6 +164,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     refused(flags, capsys, str(out), "--resume")
     refused([*flags, "--resume", "--dim", "16"], capsys, "--dim", "8", "16")
     refused([*flags, "--resume", "--seed", "3"], capsys, "--seed 0, not 3")
+    refused([*flags, "--resume", "--epochs", "1"], capsys, "--epochs 2, not 1")
     (out / "checkpoint.pt").write_bytes(b"no checkpoint")
     refused([*flags, "--resume"], capsys, "checkpoint.pt", "not a checkpoint")
     torch.save({"other": 1}, out / "checkpoint.pt")
@@ -231,6 +233,34 @@ def test_texts_in_groups_of_like_length_are_encoded_alike(bert):
     assert torch.allclose(whole.tokens[whole.mask], grouped.tokens[grouped.mask], atol=1e-6)
 
 
+def test_the_objective_masks_the_other_captions_of_an_image(bert):
+    """Two captions of each image, alike: the loss is 0 only if they are no negatives of each other's image."""
+
+    class Fixed(torch.nn.Module):
+        image = torch.eye(2)
+        text = torch.eye(2)[[0, 0, 1, 1]]
+
+        def encode_images(self, batch):
+            return tgdt.Encoded(self.image, self.image[:, None], torch.ones(2, 1, dtype=torch.bool))
+
+        def encode_texts(self, batch):
+            text = self.text[batch["word_ids"][:, 0]]
+            return tgdt.Encoded(text, text[:, None], torch.ones(len(text), 1, dtype=torch.bool))
+
+    settings = runs.make_settings({"dataset": "flickr8k"})
+    batch = {"regions": torch.zeros(2, 1, 1), "word_ids": torch.arange(4)[:, None],
+             "word_mask": torch.ones(4, 1, dtype=torch.bool), "image_row": torch.tensor([0, 0, 1, 1])}
+    assert train.objective(Fixed(), batch, settings, False, "float32").item() == 0
+    batch["image_row"] = torch.tensor([0, 1, 1, 0])  # now captions 1 and 3 belong to the image they do not fit
+    assert train.objective(Fixed(), batch, settings, False, "float32").item() > 1
+
+
+def test_the_dropout_setting_is_the_text_encoder_s_too(bert):
+    settings = runs.make_settings({"dataset": "flickr8k", "text_encoder": str(bert), "text_layers": 1, "dropout": 0.25})
+    rates = {m.p for m in runs.text_encoder(settings)[0].modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.25}
+
+
 def test_the_learning_rate():
     settings = runs.make_settings({"dataset": "flickr8k", "epochs": 4, "warmup": 10, "drop_every": 2})
     rates = [train.rate(step, 25, settings) for step in range(100)]
@@ -273,3 +303,17 @@ def test_scenes_learn_words_from_scratch(tmp_path):
 def test_help(program):
     said = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
     assert "usage" in said.stdout
+
+
+@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch-size", "1"), ("--dim", "6"), ("--heads", "0")])
+def test_impossible_settings_are_refused_by_name(flag, value, tmp_path, capsys):
+    refused([flag, value, "--out", str(tmp_path / "run")], capsys, flag, value)
+
+
+def test_searching_what_is_not_there_ends_in_one_line(tmp_path, capsys):
+    for arguments, said in ((["evaluate", str(tmp_path)], "no run here"), (["search", str(tmp_path), " "], "empty"),
+                            (["search", str(tmp_path), "a dog", "--top", "0"], "--top"),
+                            (["search", str(tmp_path), "a dog", "--save", "found.xyz"], "found.xyz")):
+        assert retrieve.main(arguments) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and said in message
