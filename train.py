@@ -70,7 +70,7 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
 def encode_by_length(model: torch.nn.Module, batch: dict, groups: int) -> tgdt.Encoded:
     """`model.encode_texts(batch)`, computed in groups of captions of like length: the same result, less padding.
 
-    A processor gains a third of the time where captions differ in length; a GPU is better off with one group.
+    Worth it on a processor, where padding costs as much as words; a GPU is better off with one group.
     """
     ids, mask = batch["word_ids"], batch["word_mask"]
     order = mask.sum(1).argsort()
