@@ -1,4 +1,4 @@
-"""Pictures, captions, regions and boxes: the file formats in which the two papers' data is published, and batches.
+"""Pictures, captions, regions and boxes: the file formats in which the two papers' data is published.
 
 Part of neither paper, but both stand on it. An image is a bag of regions, each a feature vector and a box from an
 object detector; a caption belongs to one image, and `image_of` (caption -> image row) alone says to which. Region
@@ -13,15 +13,13 @@ import json
 import os
 import re
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import chain
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import scenes
@@ -172,8 +170,16 @@ class Split:
     image_of: np.ndarray  # [M] int64, caption -> image row
     features: InMemory | OneArray | ManyFiles
     image_names: list[str]  # N: a file name, an id or a row number
-    picture: Callable[[int], Image.Image | None]  # of an image row, None where there is none
+    pictures: Sequence[Path | np.ndarray | None]  # N: a file or pixels, None where there is none
     truth: scenes.Scenes | None = None  # scenes only: what is where, to measure alignment by
+    clip: np.ndarray | None = None  # [N, E] a frozen CLIP's embeddings, where they guide (see clip_guide.py)
+
+    def picture(self, row: int) -> Image.Image | None:
+        """An image row's picture, RGB; None if it has none. Raises BadInput for a file that is no picture."""
+        with explained(self.pictures[row], "a picture"):
+            if isinstance(self.pictures[row], Path):
+                return Image.open(self.pictures[row]).convert("RGB")
+            return None if self.pictures[row] is None else Image.fromarray(self.pictures[row])
 
 
 # What annotations say of an image. where: for messages; file: (filepath, filename); size: (width, height) or None
@@ -219,7 +225,7 @@ def scenes_split(name: str) -> Split:
     truth = scenes.make(name, seed=0)  # the same for every training seed
     names = [f"scene {row}" for row in range(len(truth.pictures))]
     features = InMemory(f"scenes {name}", truth.regions, truth.boxes)
-    return Split(name, truth.captions, truth.image_of, features, names, partial(open_picture, truth.pictures), truth)
+    return Split(name, truth.captions, truth.image_of, features, names, truth.pictures, truth)
 
 
 def load_scan(dataset: str, root: Path, folder: Path, entries: list[Entry], splits: Sequence[str]) -> dict[str, Split]:
@@ -245,8 +251,8 @@ def load_scan(dataset: str, root: Path, folder: Path, entries: list[Entry], spli
         told = [{file_of_text.get(plain(t)) for t in captions[i : i + each]} for i in range(0, len(captions), each)]
         files = [(texts - {None}).pop() if len(texts - {None}) == 1 else None for texts in told]
         names = [file[1] if file else f"row {row}" for row, file in enumerate(files)]
-        image_of, picture = np.arange(len(captions)) // each, partial(open_picture, find_pictures(root, files))
-        found[name] = Split(name, captions, image_of, features, names, picture)
+        image_of, pictures = np.arange(len(captions)) // each, find_pictures(root, files)
+        found[name] = Split(name, captions, image_of, features, names, pictures)
     return found
 
 
@@ -288,8 +294,8 @@ def load_bottom_up(root: Path, entries: list[Entry], splits: Sequence[str]) -> d
         features = ManyFiles(root / "features_36", [e.id for e in own], [e.size for e in own], pictures)
         captions = [caption for entry in own for caption in entry.captions]
         image_of = np.repeat(np.arange(len(own)), [len(entry.captions) for entry in own])
-        names, picture = [entry.file[1] for entry in own], partial(open_picture, pictures)
-        found[name] = Split(name, captions, image_of, features, names, picture)
+        names = [entry.file[1] for entry in own]
+        found[name] = Split(name, captions, image_of, features, names, pictures)
     return found
 
 
@@ -349,101 +355,3 @@ def find_pictures(root: Path, files: list[tuple[str, str] | None]) -> list[Path 
     folders = [root / folder for folder in dict.fromkeys((*PICTURES, *(file[0] for file in files if file)))]
     there = {folder: set(os.listdir(folder)) for folder in folders if folder.is_dir()}
     return [next((d / file[1] for d in there if file[1] in there[d]), None) if file else None for file in files]
-
-
-def open_picture(pictures: Sequence[Path | np.ndarray | None], row: int) -> Image.Image | None:
-    """An image row's picture, RGB, from a file or from pixels; None if it has none."""
-    with explained(pictures[row], "a picture"):
-        if isinstance(pictures[row], Path):
-            return Image.open(pictures[row]).convert("RGB")
-        return None if pictures[row] is None else Image.fromarray(pictures[row])
-
-
-# ------------------------------------------------------------------------------------------------------- tokenisation
-
-
-@dataclass
-class Words:
-    """All captions' word pieces with [CLS] and [SEP]: caption i has ids[offsets[i] : offsets[i + 1]]."""
-
-    ids: np.ndarray  # [total] int32
-    offsets: np.ndarray  # [M + 1] int64
-
-    def padded(self, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
-        """word_ids [B, W] long and word_mask [B, W] bool of some captions, W that of the longest."""
-        start, end = self.offsets[rows, None], self.offsets[rows + 1, None]
-        where = start + np.arange((end - start).max())
-        mask = where < end
-        ids = np.where(mask, self.ids[np.minimum(where, end - 1)], pad_id)
-        return {"word_ids": torch.from_numpy(ids.astype(np.int64)), "word_mask": torch.from_numpy(mask)}
-
-
-def tokenize(captions: Sequence[str], tokenizer, longest: int) -> Words:
-    """Ids by a fast tokenizer of `transformers`, `longest` at most, [SEP] kept; BadInput where it finds no word."""
-    ids, lengths = [np.zeros(0, np.int32)], []
-    for start in range(0, len(captions), 10_000):
-        part = list(captions[start : start + 10_000])
-        lists = tokenizer(part, truncation=True, max_length=longest, return_attention_mask=False)["input_ids"]
-        lengths += map(len, lists)
-        ids.append(np.fromiter(chain.from_iterable(lists), np.int32))
-    for row in np.flatnonzero(np.array(lengths) <= tokenizer.num_special_tokens_to_add()).tolist():
-        raise BadInput(f"caption {row}, {captions[row]!r}: the tokenizer finds no word in it")
-    return Words(np.concatenate(ids), np.cumsum([0, *lengths], dtype=np.int64))
-
-
-# ------------------------------------------------------------------------------------------------------------ batches
-
-
-def image_side(features: InMemory | OneArray | ManyFiles, images: np.ndarray) -> dict[str, torch.Tensor]:
-    return dict(zip(("regions", "boxes", "region_mask"), map(torch.from_numpy, features.read(images)), strict=True))
-
-
-class Pairs(torch.utils.data.Dataset):
-    """pairs[caption rows] -> a batch of B captions and their I distinct images, each once: regions [I, R, F], boxes
-    [I, R, 4], region_mask [I, R], word_ids and word_mask [B, W], image_row [B] (caption -> row of regions), image_index
-    and caption_index [B]. For DataLoader(pairs, sampler=batches, batch_size=None)."""
-
-    def __init__(self, split: Split, words: Words, pad_id: int = 0):
-        self.features, self.image_of, self.words, self.pad_id = split.features, split.image_of, words, pad_id
-
-    def __len__(self) -> int:
-        return len(self.image_of)
-
-    def __getitem__(self, captions: Sequence[int]) -> dict[str, torch.Tensor]:
-        captions = np.asarray(captions, np.int64)
-        images, image_row = np.unique(self.image_of[captions], return_inverse=True)
-        who = {"image_row": image_row, "image_index": images[image_row], "caption_index": captions}
-        words = self.words.padded(captions, self.pad_id)
-        return image_side(self.features, images) | words | {name: torch.from_numpy(a) for name, a in who.items()}
-
-
-def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int, seed: int, epoch: int) -> list:
-    """An epoch's batches, lists of caption rows: of batch_size // captions_per_image images captions_per_image each.
-
-    An epoch goes in rounds. In each the images come in a new order and give their next captions, each in its own
-    shuffled order, so that an image is encoded once for several captions; one with fewer left gives those. The last,
-    incomplete batch is dropped unless it is alone. Depends on (seed, epoch) only."""
-    rng = np.random.default_rng([seed, epoch])
-    each = min(captions_per_image, batch_size)
-    captions = np.lexsort((rng.permutation(len(image_of)), image_of))  # image by image, shuffled inside each
-    place = np.arange(len(captions)) - np.searchsorted(image_of[captions], image_of[captions])  # in its image's order
-    first = np.flatnonzero(place % each == 0)  # a group is what an image gives in a round: here it begins,
-    size = np.diff(first, append=len(captions))  # so many captions are in it
-    order = np.lexsort((rng.permutation(len(first)), place[first] // each))  # round by round, shuffled inside each
-    end = np.cumsum(size[order])
-    captions = captions[np.repeat(first[order] - (end - size[order]), size[order]) + np.arange(len(captions))].tolist()
-    cuts = [0, *(end[batch_size // each - 1 :: batch_size // each].tolist() or [len(captions)])]
-    return [captions[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-
-
-def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """All images in order: regions, boxes, region_mask, image_index."""
-    for images in np.split(np.arange(len(split.features)), range(batch_size, len(split.features), batch_size)):
-        yield image_side(split.features, images) | {"image_index": torch.from_numpy(images)}
-
-
-def text_batches(words: Words, batch_size: int, pad_id: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    """All captions by length, so that little padding is computed: word_ids, word_mask, caption_index."""
-    by_length = np.argsort(np.diff(words.offsets), kind="stable")
-    for captions in np.split(by_length, range(batch_size, len(by_length), batch_size)):
-        yield words.padded(captions, pad_id) | {"caption_index": torch.from_numpy(captions)}

@@ -33,18 +33,21 @@ def curves(history: list[dict], path: Path) -> None:
     epochs = [line["epoch"] for line in history]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     left.plot(epochs, [line["loss"] for line in history], ".-", color="black")
-    left.set(xlabel="epoch", title="training loss, per pair", ylim=(0, None))
-    easy = [line["epoch"] for line in history if line["negatives"] == "mean"]
+    left.set(xlabel="epoch", title="training loss, per pair")
+    if min(line["loss"] for line in history) > 0:  # UTO falls below it
+        left.set_ylim(0, None)
+    easy = [line["epoch"] for line in history if line.get("negatives") == "mean"]
     if easy and len(easy) < len(history):
         left.axvline(easy[-1] + 0.5, color=QUIET, linestyle=":")
-        left.text(easy[-1] + 0.55, 0, "hardest negatives from here", color=QUIET, fontsize=8, va="bottom")
+        left.text(easy[-1] + 0.55, left.get_ylim()[0], "hardest negatives from here", color=QUIET, fontsize=8, va="bottom")
+    stages = [(name, style) for name, style in (("global", ":"), ("two_stage", "-")) if name in history[0]["val"]]
     for way, color, name in (("i2t", "#4575b4", "image to text"), ("t2i", "#f46d43", "text to image")):
-        for stage, style in (("global", ":"), ("two_stage", "-")):
+        for stage, style in stages:
             recall = [line["val"][stage][way]["r1"] for line in history]
             middle.plot(epochs, recall, style, marker=".", color=color, label=f"{name}, {stage.replace('_', '-')}")
     middle.set(xlabel="epoch", title="validation R@1, %", ylim=(0, None))
     middle.legend(frameon=False, fontsize=8)
-    for stage, style in (("global", ":"), ("two_stage", "-")):
+    for stage, style in stages:
         right.plot(epochs, [line["val"][stage]["rsum"] for line in history], style, marker=".", color="black",
                    label=stage.replace("_", "-"))
     right.set(xlabel="epoch", title="validation rsum, at most 600", ylim=(0, None))
@@ -129,6 +132,22 @@ def alignment(split: data.Split, row: int, words: list[str], dots: np.ndarray, b
     right.scatter(best, range(len(words)), marker="x", color="white", s=22)
     right.set(yticks=range(len(words)), yticklabels=words, xlabel="region", title="similarity of words and regions")
     figure.colorbar(shown, ax=right, fraction=0.03, pad=0.01)
+    save(figure, path)
+
+
+def guided(split: data.Split, row: int, attention: np.ndarray, boxes: np.ndarray, path: Path) -> None:
+    """Which regions of an image the guide strengthens, and by how much: attention [R], boxes [R, 4] in 0..1."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), width_ratios=[1, 1.6])
+    show_picture(left, split, row)
+    width, height = (picture.size if (picture := split.picture(row)) is not None else (1, 1))
+    strength = (attention - attention.min()) / max(np.ptp(attention), 1e-9)
+    colors = plt.get_cmap("viridis")(strength)
+    for (x1, y1, x2, y2), value, color in zip(boxes * [width, height, width, height], strength, colors, strict=True):
+        left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=0.5 + 2.5 * value))
+    left.set_title("what the guide strengthens" if boxes.any() else "this layout has no boxes", fontsize=10)
+    right.bar(range(len(attention)), attention, color=colors)
+    right.set(xlabel="region", title="the guide's attention")
+    right.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 

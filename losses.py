@@ -1,7 +1,8 @@
-"""The losses: TGDT's consistent multimodal contrastive training (CMC) and what it is made of.
+"""The losses: TGDT's consistent multimodal contrastive training (CMC) and USER's unified training objective (UTO).
 
 Read beside Liu et al., "Efficient Token-Guided Image-Text Retrieval With Consistent Multimodal Contrastive
-Training" (TGDT), the part on CMC. Everything here is a function of tensors: it knows no model and no data.
+Training" (TGDT), the part on CMC, and Zhang et al., "USER: Unified Semantic Enhancement With Momentum Contrast for
+Image-Text Retrieval" (USER), the part on UTO. Everything here is a function of tensors: it knows no model and no data.
 
 A batch holds B true pairs: image i belongs to caption i, so the true pairs stand on the diagonal of a [B, B]
 similarity matrix. Two captions of one image may meet in a batch; the pairs (i, j) that they form off the diagonal
@@ -11,7 +12,10 @@ marks all true pairs, so that no loss uses one as a negative.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------- TGDT: CMC
 
 
 def hinge(
@@ -96,3 +100,66 @@ def cmc(
     if local is not None:
         loss = loss + hinge(local_weight * local, margin, positives, negatives)
     return loss + intra_consistency(image_global, text_global, intra_margin)
+
+
+# ------------------------------------------------------------------------------------------------- USER: UTO
+
+
+def soft_hinge(similarity: Tensor, ignored: Tensor | None, mu: float, gamma: float) -> Tensor:
+    """(1 / mu) log(1 + sum over j of e^{mu (s(i, j) - gamma)}) for each row i; [B, K] -> [B] (USER, UTO).
+
+    A smooth max over the negatives of how far each rises above gamma. The exponential of 45 and more does not fit into
+    half precision: it is never taken, and whatever comes in is computed in float32 at least.
+    """
+    rises = mu * (similarity.to(torch.promote_types(similarity.dtype, torch.float32)) - gamma)
+    if ignored is not None:
+        rises = rises.masked_fill(ignored, float("-inf"))
+    return F.pad(rises, (1, 0)).logsumexp(1) / mu
+
+
+def reward(truth: Tensor) -> Tensor:
+    """log(1 + [s]+) of the true pairs' similarities, [B] -> [B] (USER, UTO)."""
+    return truth.to(torch.promote_types(truth.dtype, torch.float32)).clamp(min=0).log1p()
+
+
+def uto_batch(similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None) -> Tensor:
+    """Unified training objective on a batch: the mean over its pairs (USER, UTO).
+
+    similarity: [B, B], images by captions, true pairs on the diagonal. positives: [B, B] bool, all true pairs, no
+    negatives; None means the diagonal alone. Returns a scalar.
+    """
+    ignored = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    if positives is not None:
+        ignored = ignored | positives
+    rows, columns = soft_hinge(similarity, ignored, mu, gamma), soft_hinge(similarity.T, ignored.T, mu, gamma)
+    return (rows + columns - reward(similarity.diagonal())).mean()
+
+
+def uto_queue(
+    queries: Tensor, keys: Tensor, queue: Tensor, mu: float = 90.0, gamma: float = 0.5,
+    false_negatives: Tensor | None = None,
+) -> Tensor:
+    """Unified training objective on a queue, one direction: the mean over the queries (USER, UTO and momentum).
+
+    queries: [B, D] of one modality; keys: [B, D], what the momentum encoder makes of their true counterparts; queue:
+    [K, D], earlier keys, the negatives; all of unit length. false_negatives: [B, K] bool, keys that are none after all.
+    Returns a scalar. Gradients flow to the queries only.
+    """
+    negatives = soft_hinge(queries @ queue.detach().to(queries.dtype).T, false_negatives, mu, gamma)
+    return (negatives - reward((queries * keys.detach()).sum(1))).mean()
+
+
+def uto(
+    image_global: Tensor, text_global: Tensor, image_keys: Tensor, text_keys: Tensor, image_queue: Tensor,
+    text_queue: Tensor, mu: float = 90.0, gamma: float = 0.5, batch_weight: float = 20.0,
+    positives: Tensor | None = None, no_image: Tensor | None = None, no_text: Tensor | None = None,
+) -> Tensor:
+    """The whole objective of USER: batch_weight * UTO on the batch + UTO on both queues (USER, UTO and momentum).
+
+    image_global, text_global: [B, D]; image_keys, text_keys: [B, D], the same pairs by the momentum encoders;
+    image_queue, text_queue: [K, D]; no_image, no_text: [B, K] bool, their keys that are no negatives of a caption, of
+    an image. An image queries the text queue, a caption the image queue. Returns a scalar, a mean over the pairs.
+    """
+    return (batch_weight * uto_batch(image_global @ text_global.T, mu, gamma, positives)
+            + uto_queue(image_global, text_keys, text_queue, mu, gamma, no_text)
+            + uto_queue(text_global, image_keys, image_queue, mu, gamma, no_image))

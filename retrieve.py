@@ -23,7 +23,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+from transformers import BertTokenizer
 
+import batching
+import clip_guide
 import data
 import figures
 import losses
@@ -71,7 +74,7 @@ class Embeddings:
 @torch.inference_mode()
 def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind: str, count: int,
            device: torch.device | str = "cpu", precision: str = "float32") -> Embeddings:
-    """Encode all pictures or all captions once; `batches` as from `data.image_batches` or `data.text_batches`.
+    """Encode all pictures or all captions once; `batches` as from `batching.image_batches` or `batching.text_batches`.
 
     kind is "image" or "text", count the number of rows over all batches, precision "float32" or "bfloat16" (the
     network's; what comes back is float32). A batch's `image_index` or `caption_index` says where its rows go.
@@ -219,6 +222,11 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     return {**out, "seconds": seconds}
 
 
+def final(result: dict) -> dict:
+    """The metrics by which a run is judged: two-stage, or global for a model without fine tokens."""
+    return result.get("two_stage", result["global"])
+
+
 def five_folds(images: Embeddings, texts: Embeddings, image_of: Tensor, **options: object) -> dict:
     """COCO's 1K protocol: the mean of the metrics over five folds of a fifth of the images each."""
     image_of = torch.as_tensor(image_of, device=images.globals.device)
@@ -253,20 +261,20 @@ class Clock:
 # -------------------------------------------------------------------------------------------- the command line
 
 
-def measure(model: torch.nn.Module, split: data.Split, words: data.Words, settings: runs.Settings,
+def measure(model: torch.nn.Module, split: data.Split, words: batching.Words, settings: runs.Settings,
             device: torch.device | str, precision: str, exhaustive: bool = True,
             ) -> tuple[dict, Embeddings, Embeddings]:
     """Encode a split and evaluate it: the metrics (see `evaluate`), its pictures and its captions encoded."""
     clock = Clock(device)
-    images = encode(model, data.image_batches(split, 128), "image", len(split.features), device, precision)
-    texts = encode(model, data.text_batches(words, 256), "text", len(split.captions), device, precision)
+    images = encode(model, batching.image_batches(split, 128), "image", len(split.features), device, precision)
+    texts = encode(model, batching.text_batches(words, 256), "text", len(split.captions), device, precision)
     seconds = clock.lap()
     options = dict(shortlist=settings.shortlist, weight=settings.local_weight, words=settings.words)
     result = evaluate(images, texts, split.image_of, exhaustive=exhaustive, **options)
     result["seconds"]["encode"] = seconds
     if settings.dataset == "coco" and exhaustive and len(images) == 5000:
         result["folds_1k"] = five_folds(images, texts, split.image_of, **options)
-    if split.truth is not None and exhaustive:
+    if split.truth is not None and exhaustive and texts.tokens is not None:
         result["alignment"] = alignment(
             texts.tokens, images.tokens, split.image_of, split.truth.boxes, split.truth.object_boxes,
             split.truth.word_objects)
@@ -298,24 +306,40 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def open_split(folder: Path, name: str | None, data_root: Path | None, device: str) -> tuple:
-    """A run and a split to search: settings, model on its device, device, precision, split, words, tokenizer."""
-    settings, model, tokenizer = runs.open_run(folder)
-    device, precision = runs.resolve(device, settings.precision)
-    root = data_root or (Path(settings.data_root) if settings.data_root else None)
-    splits = data.load(settings.dataset, root, (name,) if name else ("test", "val"))
-    if name and name not in splits:
-        raise BadInput(f"{root}: {settings.dataset} has no {name} split here")
-    split = splits[name] if name else splits.get("test", splits.get("val"))
-    runs.check_features(folder, split.features.dim, model)
-    words = data.tokenize(split.captions, tokenizer, settings.longest)
-    return settings, model.to(device), device, precision, split, words, tokenizer
+@dataclass
+class Opened:
+    """A run and a split to search."""
+
+    settings: runs.Settings
+    model: torch.nn.Module
+    device: torch.device
+    precision: str
+    split: data.Split
+    words: batching.Words
+    tokenizer: BertTokenizer
+    clip: clip_guide.Clip | None  # of a run with --guide clip
+
+
+def open_split(args: argparse.Namespace) -> Opened:
+    """What the command line names. Raises BadInput when the run, the data or the CLIP are not there or do not fit."""
+    settings, checkpoint, model, tokenizer = runs.open_run(args.run)
+    device, precision = runs.resolve(args.device, settings.precision)
+    root = args.data_root or (Path(settings.data_root) if settings.data_root else None)
+    splits = data.load(settings.dataset, root, (args.split,) if args.split else ("test", "val"))
+    if args.split and args.split not in splits:
+        raise BadInput(f"{root}: {settings.dataset} has no {args.split} split here")
+    split = splits[args.split] if args.split else splits.get("test", splits.get("val"))
+    clip = clip_guide.Clip(settings.clip_model, device) if settings.guide == "clip" else None
+    runs.check_widths(args.run, checkpoint, split.features.dim, clip.dim if clip else 0)
+    if clip:
+        clip_guide.attach({split.name: split}, clip, [*([root] if root else []), args.run])
+    words = batching.tokenize(split.captions, tokenizer, settings.longest)
+    return Opened(settings, model.to(device), device, precision, split, words, tokenizer, clip)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    settings, model, device, precision, split, words, _ = open_split(
-        args.run, args.split, args.data_root, args.device)
-    print(table(measure(model, split, words, settings, device, precision)[0]))
+    run = open_split(args)
+    print(table(measure(run.model, run.split, run.words, run.settings, run.device, run.precision)[0]))
 
 
 def run_search(args: argparse.Namespace) -> None:
@@ -325,17 +349,17 @@ def run_search(args: argparse.Namespace) -> None:
         raise BadInput(f"--top {args.top}: expected at least 1")
     if args.save and args.save.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise BadInput(f"--save {args.save}: expected a name that ends in .png, .jpg, .pdf or .svg")
-    settings, model, device, precision, split, words, tokenizer = open_split(
-        args.run, args.split, args.data_root, args.device)
+    run = open_split(args)
+    settings, split, model, how = run.settings, run.split, run.model, (run.device, run.precision)
     if args.caption is not None:
-        asked = data.tokenize([args.caption], tokenizer, settings.longest)
-        query = encode(model, data.text_batches(asked, 1), "text", 1, device, precision)
-        corpus = encode(model, data.image_batches(split, 128), "image", len(split.features), device, precision)
+        asked = batching.tokenize([args.caption], run.tokenizer, settings.longest)
+        query = encode(model, batching.text_batches(asked, 1), "text", 1, *how)
+        corpus = encode(model, batching.image_batches(split, 128), "image", len(split.features), *how)
         names, k = split.image_names, settings.images_shortlist
     else:
-        batch, picture = picture_query(split, args.image)
-        query = encode(model, [batch], "image", 1, device, precision)
-        corpus = encode(model, data.text_batches(words, 256), "text", len(split.captions), device, precision)
+        batch, picture = picture_query(run, args.image)
+        query = encode(model, [batch], "image", 1, *how)
+        corpus = encode(model, batching.text_batches(run.words, 256), "text", len(split.captions), *how)
         names, k = split.captions, settings.captions_shortlist
     indices, scores = search(query, corpus, max(k, args.top), settings.local_weight, settings.words)
     indices, scores = indices[0, : args.top].tolist(), scores[0, : args.top].tolist()
@@ -349,12 +373,12 @@ def run_search(args: argparse.Namespace) -> None:
         print(f"picture: {args.save}")
 
 
-def picture_query(split: data.Split, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:
+def picture_query(run: Opened, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:
     """A batch of one picture: an image of the split by name or row, or on scenes, whose detector is built in, any file.
 
     Raises BadInput when it is none of these.
     """
-    plain = Path(name).name
+    split, plain = run.split, Path(name).name
     if name.isdigit() and int(name) < len(split.image_names):
         row = int(name)
     elif name in split.image_names or plain in split.image_names:
@@ -367,12 +391,15 @@ def picture_query(split: data.Split, name: str) -> tuple[dict[str, Tensor], Imag
         pixels = np.asarray(picture)[None]
         boxes = regions.propose(pixels)
         found = data.InMemory(name, regions.describe(pixels, boxes), boxes)
-        batch = data.image_side(found, np.zeros(1, np.int64))
+        alone = data.Split(split.name, [], np.zeros(0, np.int64), found, [name], pixels)
+        if run.clip:
+            alone.clip = run.clip.embed([picture])
+        batch = batching.image_side(alone, np.zeros(1, np.int64))
         return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, picture
     else:
         raise BadInput(f"{name}: neither a picture of the {split.name} split, by name or by row (0 to "
                        f"{len(split.image_names) - 1}), nor, on scenes, a picture file")
-    batch = data.image_side(split.features, np.array([row]))
+    batch = batching.image_side(split, np.array([row]))
     return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, split.picture(row)
 
 

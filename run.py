@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 import scenes
 import tgdt
+import user
 from data import BadInput
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -34,13 +35,20 @@ class Settings:
 
     dataset: str = setting("scenes", "what to train on", ("scenes", "flickr8k", "flickr30k", "coco"))
     data_root: str | None = setting(None, "folder of the dataset's files (not for scenes)")
-    model: str = setting("tgdt", "which model", ("tgdt",))
+    model: str = setting("tgdt", "which model", ("tgdt", "user", "tgdt-user"))
     preset: str = setting("small", "small: for a laptop; paper: the released sizes and rates", ("small", "paper"))
-    seed: int = setting(0, "seed of weights, dropout and batch order")
+    seed: int = setting(0, "seed of weights, dropout, batch order and caption noise")
     # text
     text_encoder: str = setting("bert-base-uncased", "BERT: a hub name, a local folder, or from-scratch (scenes)")
     text_layers: int = setting(6, "how many of its layers to use, counted from the input")
     longest: int = setting(64, "captions are cut to so many word pieces, [CLS] and [SEP] counted")
+    noise: float = setting(0.0, "part of a caption's words that are hidden, changed or left out while training")
+    # guide (user, tgdt-user)
+    guide: str = setting("none", "what enhances the regions: self is SGE, clip is CGE", ("none", "self", "clip"))
+    clip_model: str = setting("openai/clip-vit-base-patch32", "CLIP of --guide clip: a hub name or a local folder")
+    guide_dropout: float = setting(0.4, "dropout in SGE")
+    sharpness: float = setting(1.0, "lambda of the guide's attention over the regions")
+    slots: int = setting(0, "SGE's statistics slot by slot over so many regions, the released form; 0: masked")
     # architecture
     dim: int = setting(256, "D, size of the joint embedding")
     region_width: int = setting(512, "width of the region encoder; 0 is the features' own, as in the paper")
@@ -56,6 +64,13 @@ class Settings:
     local_weight: float = setting(10.0, "weight of local beside global similarity, in the loss and when re-ranking")
     words: str = setting("mean", "a caption's local similarity: sum (paper) or mean over words", ("sum", "mean"))
     easy_epochs: int = setting(1, "epochs with the mean over negatives before the hardest ones are taken")
+    # momentum contrast (user, tgdt-user)
+    queue: int = setting(2048, "keys in each of the two queues")
+    momentum: float = setting(0.999, "how much of itself a momentum encoder keeps at a step")
+    mu: float = setting(90.0, "UTO's sharpness")
+    gamma: float = setting(0.5, "similarity above which UTO counts a negative")
+    batch_weight: float = setting(20.0, "weight of UTO on the batch beside UTO on the queues")
+    uto_weight: float = setting(1.0, "weight of UTO beside CMC (tgdt-user)")
     # optimisation
     epochs: int = setting(10, "passes over the training captions")
     batch_size: int = setting(128, "captions a batch")
@@ -79,6 +94,15 @@ class Settings:
                      "images_shortlist", "drop_every", "local_layers", "global_layers", "region_layers"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        for name in ("noise", "dropout", "guide_dropout", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 0, less than 1")
+        if self.model == "tgdt" and self.guide != "none":
+            raise BadInput(f"--guide {self.guide}: TGDT has no guide, --model user and --model tgdt-user have one")
+        if self.model != "tgdt" and self.queue < self.batch_size:
+            raise BadInput(f"--queue {self.queue}: a batch's {self.batch_size} keys do not fit, expected at least that")
+        if self.mu <= 0:
+            raise BadInput(f"--mu {self.mu}: expected more than 0")
         if self.batch_size < 2:
             raise BadInput(f"--batch-size {self.batch_size}: expected at least 2, so that there are negatives")
         for name in ("dim", "region_width"):
@@ -96,22 +120,35 @@ SCENES = {  # small preset, built-in scenes: words learnt from scratch, within t
     "feedforward": 256, "dropout": 0.0, "epochs": 5, "lr": 1e-3, "captions_per_image": 3, "batch_size": 72,
     "clip": 20.0,
 }
+USER = {  # small preset, USER: the released configuration, its epochs halved
+    "guide": "self", "noise": 0.2, "dim": 1024, "epochs": 9, "schedule": "step", "drop_every": 6, "warmup": 0,
+}
 PAPER = {  # the released configuration for Flickr30K (TGDT)
     "text_layers": 6, "dim": 1024, "region_width": 0, "region_layers": 4, "local_layers": 2, "global_layers": 2,
     "feedforward": 2048, "words": "sum", "easy_epochs": 0, "epochs": 60, "batch_size": 30, "optimizer": "adam",
     "lr": 1e-5, "text_lr": 1.0, "weight_decay": 0.0, "warmup": 1000, "schedule": "step", "drop_every": 20,
 }
+PAPER_USER = {  # the released configuration for Flickr30K (USER)
+    "guide": "self", "noise": 0.2, "text_layers": 12, "dim": 1024, "epochs": 20, "schedule": "step", "drop_every": 10,
+    "warmup": 0,
+}
+COCO = {"tgdt": {"batch_size": 40}, "user": {"epochs": 25, "drop_every": 15, "queue": 4096, "batch_weight": 1.0}}
 
 
 def make_settings(given: dict) -> Settings:
     """Settings from what the user gave by name; the rest comes from the preset, then from the defaults."""
-    dataset, preset = given.get("dataset") or "scenes", given.get("preset") or "small"
+    dataset, model, preset = (given.get(name) or default for name, default in
+                              (("dataset", "scenes"), ("model", "tgdt"), ("preset", "small")))
     chosen: dict = {}
     if preset == "paper":
-        chosen |= PAPER | ({"batch_size": 40} if dataset == "coco" else {})
+        chosen |= PAPER_USER if model == "user" else PAPER
+        chosen |= COCO["user" if model == "user" else "tgdt"] if dataset == "coco" else {}
         chosen |= {"text_encoder": "from-scratch", "text_layers": 2} if dataset == "scenes" else {}
-    elif dataset == "scenes":
-        chosen |= SCENES
+    else:
+        chosen |= USER if model == "user" else {}
+        chosen |= SCENES if dataset == "scenes" else {}
+    if model == "tgdt-user":  # no paper has it: TGDT's preset with USER's guide and noise
+        chosen |= {"guide": "self", "noise": 0.2}
     return Settings(**chosen | {name: value for name, value in given.items() if value is not None})
 
 
@@ -154,11 +191,19 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
         raise BadInput(f"--text-layers: {error}") from error
 
 
-def build(settings: Settings, bert: BertModel, feature_dim: int) -> tgdt.TGDT:
-    """The model that the settings describe, for region features of `feature_dim` numbers."""
+def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int = 0) -> tgdt.TGDT | user.USER:
+    """The model that the settings describe, for region features of `feature_dim` numbers and CLIP's of `clip_dim`."""
+    guide = None
+    if settings.guide == "self":
+        guide = user.SelfGuidedEnhancement(feature_dim, settings.guide_dropout, settings.sharpness, settings.slots)
+    elif settings.guide == "clip":
+        guide = user.CLIPGuidedEnhancement(clip_dim, feature_dim, settings.sharpness)
+    if settings.model == "user":
+        return user.USER(bert, feature_dim, settings.dim, guide)
     return tgdt.TGDT(
         bert, feature_dim, settings.dim, settings.region_width or None, settings.region_layers,
         settings.local_layers, settings.global_layers, settings.heads, settings.feedforward, settings.dropout,
+        guide=guide,
     )
 
 
@@ -202,7 +247,7 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a file that is something else
         raise BadInput(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
-    wanted = {"settings", "feature_dim", "bert", "model", "epoch"}
+    wanted = {"settings", "feature_dim", "clip_dim", "bert", "model", "epoch"}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
         raise BadInput(f"{path}: not a checkpoint of this program (it has no {', '.join(sorted(wanted))})")
     return checkpoint
@@ -220,29 +265,32 @@ def stored_settings(folder: Path) -> Settings:
     return Settings(**values)
 
 
-def open_run(folder: Path) -> tuple[Settings, tgdt.TGDT, BertTokenizer]:
-    """A trained model and its tokenizer from a run folder: the best checkpoint, or the last where none is best yet."""
+def open_run(folder: Path) -> tuple[Settings, dict, tgdt.TGDT | user.USER, BertTokenizer]:
+    """A trained model and its tokenizer from a run folder: the best checkpoint, or the last where none is best yet.
+
+    Returns the settings, the checkpoint, the model in eval mode and the tokenizer. Raises BadInput.
+    """
     settings = stored_settings(folder)
     best, last = folder / "best.pt", folder / "checkpoint.pt"
     path = best if best.is_file() else last
     checkpoint = read_checkpoint(path)
     model = build(settings, BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False),
-                  checkpoint["feature_dim"])
+                  checkpoint["feature_dim"], checkpoint["clip_dim"])
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise BadInput(f"{path}: its weights do not fit {folder / 'settings.json'}") from error
     try:
-        return settings, model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return settings, checkpoint, model.eval(), AutoTokenizer.from_pretrained(folder / "tokenizer")
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / 'tokenizer'}: no tokenizer that can be read") from error
 
 
-def check_features(folder: Path, found: int, model: tgdt.TGDT) -> None:
-    """Raises BadInput when the data's region features are not as wide as those the run was trained on."""
-    trained = model.region_encoder.geometry[0].in_features - 5
-    if found != trained:
-        raise BadInput(f"{folder} was trained on region features of {trained} numbers, the data has {found}")
+def check_widths(folder: Path, checkpoint: dict, feature_dim: int, clip_dim: int) -> None:
+    """Raises BadInput when the data's features, or the CLIP's, are not as wide as those the run was trained on."""
+    for what, name, found in (("region features", "feature_dim", feature_dim), ("CLIP embeddings", "clip_dim", clip_dim)):
+        if found != checkpoint[name]:
+            raise BadInput(f"{folder} was trained on {what} of {checkpoint[name]} numbers, the data has {found}")
 
 
 def save_settings(folder: Path, settings: Settings) -> None:

@@ -12,7 +12,7 @@ similarity aligns and the coarse vector that searches a million pictures.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,8 +101,9 @@ class TokenGuidedEncoder(nn.Module):
 class TGDT(nn.Module):
     """Both branches (TGDT). `bert` is a `BertModel`, already cut to the layers that are wanted.
 
-    region_width None means the papers' choice, the features' own width. `batch` has the names and the shapes of
-    `data.Pairs`: regions [B, R, F], boxes [B, R, 4], region_mask [B, R]; word_ids and word_mask [B, W].
+    region_width None means the papers' choice, the features' own width. `guide` is no part of TGDT: the unified model
+    puts one of USER's enhancements (`user.py`) in front of the region encoder. `batch` has the names and the shapes of
+    `batching.Pairs`: regions [B, R, F], boxes [B, R, 4], region_mask [B, R]; word_ids and word_mask [B, W].
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class TGDT(nn.Module):
         feedforward: int = 2048,
         dropout: float = 0.1,
         zero_image_token: bool = False,
+        guide: nn.Module | None = None,
     ):
         super().__init__()
         width = region_width or feature_dim
+        self.guide = guide
         shape = (local_layers, global_layers, heads, feedforward, dropout)
         self.region_encoder = RegionEncoder(
             feature_dim, width, region_layers, heads, feedforward, dropout, zero_image_token
@@ -131,7 +134,10 @@ class TGDT(nn.Module):
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens [B, R, D], one a region, without the image token; mask [B, R]."""
-        slots, mask = self.region_encoder(batch["regions"], batch["boxes"], batch["region_mask"])
+        regions, mask = batch["regions"], batch["region_mask"]
+        if self.guide is not None:
+            regions = self.guide(regions, mask, batch.get("clip"))
+        slots, mask = self.region_encoder(regions, batch["boxes"], mask)
         globals_, tokens = self.image_branch(slots, mask)
         return Encoded(globals_, tokens[:, 1:], mask[:, 1:])
 
@@ -201,11 +207,17 @@ def load_released(path: str | Path, text_config: BertConfig | None = None) -> TG
         dropout=joint["dropout"],
         zero_image_token=True,
     )
-    renamed = {}
-    for name, tensor in weights.items():
-        for theirs, ours in RELEASED_NAMES.items():
-            if name.startswith(theirs):
-                renamed[ours + name.removeprefix(theirs)] = tensor
+    take_weights(model, path, [(weights, RELEASED_NAMES)])
+    return model.eval()
+
+
+def take_weights(model: nn.Module, path: str | Path, states: Sequence[tuple[dict, dict]]) -> None:
+    """Fill a model with released weights; states: pairs of a state dict and its names, theirs -> ours.
+
+    Raises ValueError, naming the file, when one of the model's weights is missing or of another shape.
+    """
+    renamed = {ours + name.removeprefix(theirs): tensor for weights, names in states
+               for name, tensor in weights.items() for theirs, ours in names.items() if name.startswith(theirs)}
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in renamed]
     unfit = [name for name in wanted if name in renamed and renamed[name].shape != wanted[name].shape]
@@ -214,4 +226,3 @@ def load_released(path: str | Path, text_config: BertConfig | None = None) -> TG
             f"{unfit[0]} is {list(renamed[unfit[0]].shape)}, expected {list(wanted[unfit[0]].shape)}")
         raise ValueError(f"{path}: {what} ({len(missing)} missing, {len(unfit)} of another shape)")
     model.load_state_dict({name: renamed[name] for name in wanted})
-    return model.eval()

@@ -20,9 +20,10 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,12 +31,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
+import batching
+import clip_guide
 import data
 import figures
 import losses
 import retrieve
 import run as runs
 import tgdt
+import user
 from data import BadInput
 from run import Settings
 
@@ -45,26 +49,47 @@ SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 # ------------------------------------------------------------------------------------------------------ one step
 
 
-def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: bool, precision: str) -> torch.Tensor:
-    """The loss of one batch, summed over its B pairs: CMC with the false negatives masked.
+def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: bool, precision: str,
+              momentum: user.MomentumContrast | None = None) -> torch.Tensor:
+    """The loss of one batch, its false negatives masked: CMC (TGDT), UTO (USER), or both (the unified model).
 
     The batch holds each image once; `image_row` [B] tells which row of it a caption belongs to. The networks run in
-    mixed precision, the loss always in float32. `easy` takes the mean over the negatives for the hardest one.
+    mixed precision, the loss always in float32. `easy` takes the mean over the negatives for the hardest one in CMC,
+    which is a sum over the B pairs, as its paper has it; UTO is their mean, and stands beside CMC times B.
     """
+    images, texts = encode_pairs(model, batch, precision)
+    row = batch["image_row"]
+    image_global, text_global, positives = images.globals.float()[row], texts.globals.float(), row[:, None] == row
+    loss = 0.0
+    if settings.model != "user":
+        local = losses.local_similarity(
+            images.tokens.float(), images.mask, texts.tokens.float(), texts.mask, settings.words)[row]
+        loss = losses.cmc(image_global, text_global, local, positives, settings.margin, settings.intra_margin,
+                          settings.local_weight, "mean" if easy else "hardest")
+    if settings.model == "tgdt":
+        return loss
+
+    momentum.update(model)
+    with torch.no_grad():
+        image_keys, text_keys = (keys.globals.float() for keys in encode_pairs(momentum.encoder, batch, precision))
+    owner = batch["image_index"]
+    uto = losses.uto(
+        image_global, text_global, image_keys[row], text_keys, momentum.image_queue.keys, momentum.text_queue.keys,
+        settings.mu, settings.gamma, settings.batch_weight, positives,
+        momentum.image_queue.no_negatives(owner), momentum.text_queue.no_negatives(owner),
+    )
+    first = torch.zeros(len(image_keys), dtype=torch.long, device=row.device).index_put((row,), owner)
+    momentum.enqueue(image_keys, text_keys, first, owner)
+    return uto if settings.model == "user" else loss + settings.uto_weight * len(row) * uto
+
+
+def encode_pairs(model: torch.nn.Module, batch: dict, precision: str) -> tuple[tgdt.Encoded, tgdt.Encoded]:
+    """A batch's images and captions, in mixed precision."""
     device = batch["regions"].device
     # PyTorch's fused attention for processors has a slow backward pass: plain matrix products take half its time.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with retrieve.autocast(device, precision), attention:
-        images, texts = model.encode_images(batch), encode_by_length(model, batch, 1 if device.type == "cuda" else 2)
-    row = batch["image_row"]
-    local = losses.local_similarity(
-        images.tokens.float(), images.mask, texts.tokens.float(), texts.mask, settings.words
-    )[row]
-    return losses.cmc(
-        images.globals.float()[row], texts.globals.float(), local,
-        positives=row[:, None] == row[None, :], margin=settings.margin, intra_margin=settings.intra_margin,
-        local_weight=settings.local_weight, negatives="mean" if easy else "hardest",
-    )
+        return model.encode_images(batch), encode_by_length(model, batch, 1 if device.type == "cuda" else 2)
 
 
 def encode_by_length(model: torch.nn.Module, batch: dict, groups: int) -> tgdt.Encoded:
@@ -78,12 +103,14 @@ def encode_by_length(model: torch.nn.Module, batch: dict, groups: int) -> tgdt.E
     for rows in order.chunk(groups):
         longest = int(mask[rows].sum(1).max())
         parts.append(model.encode_texts({"word_ids": ids[rows, :longest], "word_mask": mask[rows, :longest]}))
+    back = order.argsort()
+    globals_ = torch.cat([part.globals for part in parts])[back]
+    if parts[0].tokens is None:
+        return tgdt.Encoded(globals_, None, None)
     widest = parts[-1].tokens.shape[1]
     padded = [F.pad(part.tokens, (0, 0, 0, widest - part.tokens.shape[1])) for part in parts]
     masks = [F.pad(part.mask, (0, widest - part.mask.shape[1])) for part in parts]
-    back = order.argsort()
-    return tgdt.Encoded(torch.cat([part.globals for part in parts])[back], torch.cat(padded)[back],
-                        torch.cat(masks)[back])
+    return tgdt.Encoded(globals_, torch.cat(padded)[back], torch.cat(masks)[back])
 
 
 def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -131,104 +158,164 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+@dataclass
+class State:
+    """Where a run stands: all that an exact resume needs, and what a checkpoint holds."""
+
+    settings: Settings
+    model: torch.nn.Module
+    momentum: user.MomentumContrast | None
+    optimizer: torch.optim.Optimizer
+    widths: dict  # feature_dim, clip_dim and bert: what building the model needs beside the settings
+    device: torch.device
+    epoch: int = 0
+    step: int = 0  # of the epoch in hand
+    total: float = 0.0  # sum and count of the losses looked at in it
+    count: int = 0
+    history: list[dict] = field(default_factory=list)
+
+    def save_best(self, path: Path) -> None:
+        state = self.widths | {"settings": asdict(self.settings), "epoch": self.epoch, "model": self.model.state_dict()}
+        runs.write_whole(path, lambda file: torch.save(state, file))
+
+    def save(self, path: Path) -> None:
+        state = self.widths | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
+        state |= {name: getattr(self, name) for name in ("epoch", "step", "total", "count", "history")}
+        state |= {name: part.state_dict() for name, part in self.parts().items()}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        runs.write_whole(path, lambda file: torch.save(state, file))
+
+    def restore(self, saved: dict) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
+        for name in ("epoch", "step", "total", "count", "history"):
+            setattr(self, name, saved[name])
+        torch.set_rng_state(saved["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in saved:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+
+    def parts(self) -> dict:
+        parts = {"model": self.model, "momentum": self.momentum, "optimizer": self.optimizer}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
 def train(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0) -> dict:
     """Train, evaluate, write the run folder `out`. Returns the metrics, or {} when it was interrupted.
 
-    Raises BadInput for data, a text encoder, a checkpoint or a folder that cannot be used.
+    Raises BadInput for data, a text encoder, a CLIP, a checkpoint or a folder that cannot be used.
     """
     where, precision = runs.resolve(device, settings.precision)
     torch.manual_seed(settings.seed)
     splits = data.load(settings.dataset, settings.data_root and Path(settings.data_root))
     last = runs.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
     bert, tokenizer = runs.text_encoder(settings)
+    clip_dim = guide_by_clip(settings, splits, out, where)
     feature_dim = splits["train"].features.dim
-    model = runs.build(settings, bert, last["feature_dim"] if last else feature_dim).to(where)
-    runs.check_features(out, feature_dim, model)
-    optimizer = make_optimizer(model, settings)
-    words = {name: data.tokenize(split.captions, tokenizer, settings.longest) for name, split in splits.items()}
+    if last:
+        runs.check_widths(out, last, feature_dim, clip_dim)
+    model = runs.build(settings, bert, feature_dim, clip_dim).to(where)
+    momentum = None
+    if settings.model != "tgdt":
+        momentum = user.MomentumContrast(model, settings.dim, settings.queue, settings.momentum).to(where)
+    words = {name: batching.tokenize(split.captions, tokenizer, settings.longest) for name, split in splits.items()}
 
     out.mkdir(parents=True, exist_ok=True)
     runs.save_settings(out, settings)
     tokenizer.save_pretrained(out / "tokenizer")
-    epoch, step, history, total, count = 0, 0, [], 0.0, 0  # total and count: the loss of the epoch in hand
+    widths = {"feature_dim": feature_dim, "clip_dim": clip_dim, "bert": bert.config.to_dict()}
+    state = State(settings, model, momentum, make_optimizer(model, settings), widths, where)
     if last:
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        epoch, step, history, total, count = (last[name] for name in ("epoch", "step", "history", "total", "count"))
-        torch.set_rng_state(last["rng"])
-        if where.type == "cuda" and "cuda_rng" in last:
-            torch.cuda.set_rng_state(last["cuda_rng"])
+        state.restore(last)
 
-    def model_state() -> dict:
-        return {"settings": asdict(settings), "feature_dim": feature_dim, "bert": bert.config.to_dict(),
-                "epoch": epoch, "model": model.state_dict()}
-
-    def save_last() -> None:
-        state = model_state() | {"optimizer": optimizer.state_dict(), "step": step, "history": history,
-                                 "total": total, "count": count, "rng": torch.get_rng_state()}
-        if where.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        runs.write_whole(out / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    pairs = data.Pairs(splits["train"], words["train"], tokenizer.pad_token_id)
     plan = (splits["train"].image_of, settings.batch_size, settings.captions_per_image, settings.seed)
-    per_epoch = len(data.epoch_batches(*plan, 0))
-    bar = tqdm(total=settings.epochs * per_epoch, initial=epoch * per_epoch + step, unit="step", dynamic_ncols=True)
-    started, saved = time.perf_counter(), time.perf_counter()
+    per_epoch = len(batching.epoch_batches(*plan, 0))
+    bar = tqdm(total=settings.epochs * per_epoch, initial=state.epoch * per_epoch + state.step, unit="step",
+               dynamic_ncols=True)
+    started = time.perf_counter()
     with Interrupt() as interrupt, bar:
-        while epoch < settings.epochs:
-            model.train()
+        while state.epoch < settings.epochs:
+            noise = None
+            if settings.noise:
+                noise = batching.CaptionNoise(tokenizer, settings.noise, (settings.seed, state.epoch))
+            pairs = batching.Pairs(splits["train"], words["train"], tokenizer.pad_token_id, noise)
             # The loader's own generator keeps its hands off the global one, on which an exact resume rests.
-            loader = DataLoader(pairs, sampler=data.epoch_batches(*plan, epoch)[step:], batch_size=None,
-                                num_workers=workers, pin_memory=where.type == "cuda", generator=torch.Generator())
-            for batch in loader:
-                batch = {name: value.to(where, non_blocking=True) for name, value in batch.items()}
-                factor = rate(epoch * per_epoch + step, per_epoch, settings)
-                for group, peak in zip(optimizer.param_groups, (1.0, settings.text_lr), strict=True):
-                    group["lr"] = settings.lr * peak * factor
-                loss = objective(model, batch, settings, epoch < settings.easy_epochs, precision)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-                optimizer.step()
-                step += 1
-                bar.update()
-                if step % 10 == 0 or step == per_epoch:
-                    value = loss.item() / len(batch["image_row"])
-                    if not math.isfinite(value):
-                        raise BadInput(f"the loss is {value} at epoch {epoch + 1}, step {step}: training diverged; "
-                                       f"try a smaller --lr. {out / 'checkpoint.pt'} holds the last good state")
-                    total, count = total + value, count + 1
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}")
-                if interrupt.seen:
-                    save_last()
-                    tqdm.write(f"stopped at epoch {epoch + 1}, step {step}; go on with --resume --out {out}")
-                    return {}
-                if time.perf_counter() - saved > SAVE_EVERY:
-                    save_last()
-                    saved = time.perf_counter()
-            epoch, step = epoch + 1, 0
+            loader = DataLoader(pairs, sampler=batching.epoch_batches(*plan, state.epoch)[state.step :],
+                                batch_size=None, num_workers=workers, pin_memory=where.type == "cuda",
+                                generator=torch.Generator())
+            if not train_epoch(state, loader, per_epoch, precision, out, interrupt, bar):
+                tqdm.write(f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with --resume --out {out}")
+                return {}
+            state.epoch, state.step = state.epoch + 1, 0
             val = retrieve.measure(model, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
-            final = val["two_stage"]
-            history.append({"epoch": epoch, "loss": total / count,
-                            "negatives": "mean" if epoch <= settings.easy_epochs else "hardest",
-                            "lr": settings.lr * rate(epoch * per_epoch - 1, per_epoch, settings),
-                            "seconds": round(time.perf_counter() - started, 1),
-                            "val": {name: val[name] for name in ("global", "two_stage")}})
-            total, count = 0.0, 0
-            best = final["rsum"] >= max(line["val"]["two_stage"]["rsum"] for line in history)
-            if best:
-                runs.write_whole(out / "best.pt", lambda file: torch.save(model_state(), file))
-            save_last()
-            saved = time.perf_counter()
-            lines = "".join(json.dumps(line) + "\n" for line in history)
-            runs.write_whole(out / "history.jsonl", lambda file, lines=lines: file.write(lines.encode()))
-            figures.curves(history, out / "curves.png")
-            tqdm.write(f"epoch {epoch:3d}  loss {history[-1]['loss']:.3f}  val R@1 {final['i2t']['r1']:.1f} / "
-                       f"{final['t2i']['r1']:.1f}  rsum {final['rsum']:.1f}{'  best' if best else ''}")
+            close_epoch(state, val, per_epoch, time.perf_counter() - started, out)
 
-    settings, model, tokenizer = runs.open_run(out)
+    settings, _, model, tokenizer = runs.open_run(out)
     return report(model.to(where), splits, words, tokenizer, settings, out, where, precision)
+
+
+def guide_by_clip(settings: Settings, splits: dict, out: Path, device: torch.device) -> int:
+    """With --guide clip give the splits their CLIP embeddings; returns the size of these, 0 without."""
+    if settings.guide != "clip":
+        return 0
+    clip = clip_guide.Clip(settings.clip_model, device)
+    clip_guide.attach(splits, clip, [*([Path(settings.data_root)] if settings.data_root else []), out])
+    return clip.dim
+
+
+def train_epoch(state: State, loader: DataLoader, per_epoch: int, precision: str, out: Path, interrupt: Interrupt,
+                bar: tqdm) -> bool:
+    """The rest of the epoch in hand. Returns False when it was interrupted; the state is saved then."""
+    settings, model, optimizer, saved = state.settings, state.model, state.optimizer, time.perf_counter()
+    model.train()
+    for batch in loader:
+        batch = {name: value.to(state.device, non_blocking=True) for name, value in batch.items()}
+        factor = rate(state.epoch * per_epoch + state.step, per_epoch, settings)
+        for group, peak in zip(optimizer.param_groups, (1.0, settings.text_lr), strict=True):
+            group["lr"] = settings.lr * peak * factor
+        loss = objective(model, batch, settings, state.epoch < settings.easy_epochs, precision, state.momentum)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        state.step += 1
+        bar.update()
+        if state.step % 10 == 0 or state.step == per_epoch:
+            value = loss.item() / (1 if settings.model == "user" else len(batch["image_row"]))
+            if not math.isfinite(value):
+                raise BadInput(f"the loss is {value} at epoch {state.epoch + 1}, step {state.step}: training diverged; "
+                               f"try a smaller --lr. {out / 'checkpoint.pt'} holds the last good state")
+            state.total, state.count = state.total + value, state.count + 1
+            bar.set_postfix(epoch=state.epoch + 1, loss=f"{value:.3f}")
+        if interrupt.seen:
+            state.save(out / "checkpoint.pt")
+            return False
+        if time.perf_counter() - saved > SAVE_EVERY:
+            state.save(out / "checkpoint.pt")
+            saved = time.perf_counter()
+    return True
+
+
+def close_epoch(state: State, val: dict, per_epoch: int, seconds: float, out: Path) -> None:
+    """Write down an epoch that is over: a line of history, the curves, both checkpoints."""
+    settings, final = state.settings, retrieve.final(val)
+    stages = [name for name in ("global", "two_stage") if name in val]
+    state.history.append({
+        "epoch": state.epoch, "loss": state.total / state.count,
+        "lr": settings.lr * rate(state.epoch * per_epoch - 1, per_epoch, settings),
+        "seconds": round(seconds, 1), "val": {name: val[name] for name in stages}})
+    if settings.model != "user":
+        state.history[-1]["negatives"] = "mean" if state.epoch <= settings.easy_epochs else "hardest"
+    state.total, state.count = 0.0, 0
+    best = final["rsum"] >= max(retrieve.final(line["val"])["rsum"] for line in state.history)
+    if best:
+        state.save_best(out / "best.pt")
+    state.save(out / "checkpoint.pt")
+    lines = "".join(json.dumps(line) + "\n" for line in state.history)
+    runs.write_whole(out / "history.jsonl", lambda file: file.write(lines.encode()))
+    figures.curves(state.history, out / "curves.png")
+    tqdm.write(f"epoch {state.epoch:3d}  loss {state.history[-1]['loss']:.3f}  val R@1 {final['i2t']['r1']:.1f} / "
+               f"{final['t2i']['r1']:.1f}  rsum {final['rsum']:.1f}{'  best' if best else ''}")
 
 
 # ------------------------------------------------------------------------------------------------ the last word
@@ -244,14 +331,16 @@ def report(model: torch.nn.Module, splits: dict, words: dict, tokenizer: BertTok
     result, images, texts = retrieve.measure(model, split, words[name], settings, device, precision)
     runs.write_json(out / "metrics.json", result)
     print(retrieve.table(result))
-    draw(split, images, texts, words[name], tokenizer, settings, out)
+    draw(model, split, images, texts, words[name], tokenizer, settings, out)
     print(f"run folder: {out}")
     return result
 
 
-def draw(split: data.Split, images: retrieve.Embeddings, texts: retrieve.Embeddings, words: data.Words,
-         tokenizer: BertTokenizer, settings: Settings, out: Path) -> None:
-    """The sheet of queries, drawn at random but always the same ones, and the alignment of its first caption."""
+@torch.inference_mode()
+def draw(model: torch.nn.Module, split: data.Split, images: retrieve.Embeddings, texts: retrieve.Embeddings,
+         words: batching.Words, tokenizer: BertTokenizer, settings: Settings, out: Path) -> None:
+    """The sheet of queries, drawn at random but always the same ones; of its first caption what each word looks at, or
+    of that caption's image, for a model without fine tokens, what the guide strengthens."""
     chance = torch.Generator().manual_seed(0)
     captions, pictures = (torch.randperm(len(e), generator=chance)[:n] for e, n in ((texts, 5), (images, 3)))
     options = (settings.local_weight, settings.words)
@@ -260,10 +349,18 @@ def draw(split: data.Split, images: retrieve.Embeddings, texts: retrieve.Embeddi
     figures.retrieval(split, images_found, captions_found, captions, pictures, out / "retrieval.png")
     caption = int(captions[0])
     row = int(split.image_of[caption])
-    pieces = tokenizer.convert_ids_to_tokens(words.ids[words.offsets[caption] + 1 : words.offsets[caption + 1] - 1])
-    dots = texts.tokens[caption, : len(pieces)] @ images.tokens[row, images.mask[row]].T
-    boxes = split.features.read([row])[1][0][images.mask[row].cpu().numpy()]
-    figures.alignment(split, row, pieces, dots.cpu().numpy(), boxes, out / "alignment.png")
+    if texts.tokens is not None:
+        pieces = tokenizer.convert_ids_to_tokens(words.ids[words.offsets[caption] + 1 : words.offsets[caption + 1] - 1])
+        dots = texts.tokens[caption, : len(pieces)] @ images.tokens[row, images.mask[row]].T
+        boxes = split.features.read([row])[1][0][images.mask[row].cpu().numpy()]
+        figures.alignment(split, row, pieces, dots.cpu().numpy(), boxes, out / "alignment.png")
+    elif model.guide is not None:
+        batch = batching.image_side(split, np.array([row]))
+        given = {name: value.to(images.globals.device) for name, value in batch.items()}
+        added = model.guide(given["regions"], given["region_mask"], given.get("clip")) - given["regions"]
+        real = batch["region_mask"][0]  # what is added to a region is the guide, of unit length, times its attention
+        figures.guided(split, row, added.norm(dim=2)[0].cpu()[real].numpy(), batch["boxes"][0][real].numpy(),
+                       out / "guide.png")
 
 
 # -------------------------------------------------------------------------------------------- the command line

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+import batching
 import data
 
 R, F = 3, 4
@@ -427,15 +428,15 @@ def tokenizer():
 
 
 def test_tokenize(tokenizer):
-    words = data.tokenize(["a red ball", "dogs", "A blue house two dogs"], tokenizer, longest=6)
+    words = batching.tokenize(["a red ball", "dogs", "A blue house two dogs"], tokenizer, longest=6)
     assert words.ids.tolist() == [2, 4, 5, 6, 3] + [2, 8, 3] + [2, 4, 10, 11, 7, 3]  # cut off before [SEP]
     assert words.offsets.tolist() == [0, 5, 8, 14]
     assert words.ids.dtype == np.int32 and words.offsets.dtype == np.int64
-    bad(lambda: data.tokenize(["dogs", "\u200b"], tokenizer, longest=6), "caption 1", "no word")
+    bad(lambda: batching.tokenize(["dogs", "\u200b"], tokenizer, longest=6), "caption 1", "no word")
 
 
 def test_tokenize_more_than_a_chunk(tokenizer):
-    words = data.tokenize(["dogs", "a ball"] * 5_001, tokenizer, longest=9)
+    words = batching.tokenize(["dogs", "a ball"] * 5_001, tokenizer, longest=9)
     assert words.offsets[-1] == len(words.ids) == 7 * 5_001
     assert np.array_equal(words.ids.reshape(-1, 7), np.tile([2, 8, 3, 2, 4, 6, 3], (5_001, 1)))
 
@@ -444,13 +445,13 @@ def test_tokenize_more_than_a_chunk(tokenizer):
 def pairs(flickr, tokenizer):
     split = data.load("flickr8k", flickr)["train"]
     split.captions = ["a", "red ball two", "ball", "two dogs", "a", "play blue", "house two a red"]
-    return split, data.tokenize(split.captions, tokenizer, longest=9)
+    return split, batching.tokenize(split.captions, tokenizer, longest=9)
 
 
 def test_pairs(pairs, tokenizer):
     split, words = pairs
     chosen = [6, 1, 3, 2]  # of the images 2, 1, 2, 1
-    batch = data.Pairs(split, words, pad_id=9)[chosen]
+    batch = batching.Pairs(split, words, pad_id=9)[chosen]
     assert {name: value.dtype for name, value in batch.items()} == {
         "regions": torch.float32, "boxes": torch.float32, "region_mask": torch.bool, "word_ids": torch.int64,
         "word_mask": torch.bool, "image_row": torch.int64, "image_index": torch.int64, "caption_index": torch.int64,
@@ -470,15 +471,15 @@ def test_pairs(pairs, tokenizer):
 
 def test_pairs_in_a_loader(pairs):
     split, words = pairs
-    dataset = pickle.loads(pickle.dumps(data.Pairs(split, words)))  # as a worker process gets it
-    batches = data.epoch_batches(split.image_of, 2, 1, seed=0, epoch=0)
+    dataset = pickle.loads(pickle.dumps(batching.Pairs(split, words)))  # as a worker process gets it
+    batches = batching.epoch_batches(split.image_of, 2, 1, seed=0, epoch=0)
     seen = [batch["caption_index"].tolist() for batch in DataLoader(dataset, sampler=batches, batch_size=None)]
     assert seen == batches and len(dataset) == 7
 
 
 def test_image_batches(pairs):
     split, _ = pairs
-    batches = list(data.image_batches(split, 2))
+    batches = list(batching.image_batches(split, 2))
     assert [batch["image_index"].tolist() for batch in batches] == [[0, 1], [2]]
     assert [tuple(batch["regions"].shape) for batch in batches] == [(2, 3, F), (1, 5, F)]
     assert torch.equal(batches[1]["regions"][0], torch.from_numpy(split.features.read([2])[0][0]))
@@ -488,7 +489,7 @@ def test_image_batches(pairs):
 
 def test_text_batches(pairs, tokenizer):
     split, words = pairs
-    batches = list(data.text_batches(words, 3, pad_id=9))
+    batches = list(batching.text_batches(words, 3, pad_id=9))
     order = [i for batch in batches for i in batch["caption_index"].tolist()]
     assert sorted(order) == list(range(7)) and [len(batch["word_ids"]) for batch in batches] == [3, 3, 1]
     lengths = [batch["word_mask"].sum(1).tolist() for batch in batches]
@@ -502,7 +503,7 @@ def test_text_batches(pairs, tokenizer):
 @pytest.mark.parametrize("each", [1, 2, 5])
 def test_epoch_batches(each):
     image_of = np.random.default_rng(1).permutation(np.repeat(np.arange(40), 5))  # captions in any order
-    batches = data.epoch_batches(image_of, 10, each, seed=3, epoch=7)
+    batches = batching.epoch_batches(image_of, 10, each, seed=3, epoch=7)
     captions = sum(batches, [])
     groups = 40 * -(-5 // each)  # 2 captions an image in a round: 2, 2 and 1
     assert len(batches) == groups // (10 // each)
@@ -511,15 +512,15 @@ def test_epoch_batches(each):
         images, counts = np.unique(image_of[batch], return_counts=True)
         assert len(images) == 10 // each and len(set(counts.tolist())) == 1 and counts[0] in (each, 5 % each)
         assert len(batch) <= 10 and all(type(row) is int for row in batch)
-    assert batches == data.epoch_batches(image_of, 10, each, seed=3, epoch=7)
-    others = [data.epoch_batches(image_of, 10, each, seed=s, epoch=e) for s, e in ((3, 8), (4, 7), (7, 3))]
+    assert batches == batching.epoch_batches(image_of, 10, each, seed=3, epoch=7)
+    others = [batching.epoch_batches(image_of, 10, each, seed=s, epoch=e) for s, e in ((3, 8), (4, 7), (7, 3))]
     assert all(batches != other for other in others)
 
 
 def test_epoch_batches_of_images_with_different_numbers_of_captions():
     counts = np.arange(12) % 6  # none to five; two images have no caption at all
     image_of = np.repeat(np.arange(12), counts)
-    batches = data.epoch_batches(image_of, 4, 2, seed=0, epoch=0)
+    batches = batching.epoch_batches(image_of, 4, 2, seed=0, epoch=0)
     captions = sum(batches, [])
     assert len(captions) == len(set(captions)) >= len(image_of) - 2
     groups = (-(-counts // 2)).sum()
@@ -532,7 +533,7 @@ def test_epoch_batches_of_images_with_different_numbers_of_captions():
 
 def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
     image_of = np.arange(10)
-    assert [len(batch) for batch in data.epoch_batches(image_of, 4, 1, 0, 0)] == [4, 4]
-    assert [len(batch) for batch in data.epoch_batches(image_of, 5, 1, 0, 0)] == [5, 5]
-    assert [len(batch) for batch in data.epoch_batches(image_of, 16, 1, 0, 0)] == [10]
-    assert [len(batch) for batch in data.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 10 + [2] * 10
+    assert [len(batch) for batch in batching.epoch_batches(image_of, 4, 1, 0, 0)] == [4, 4]
+    assert [len(batch) for batch in batching.epoch_batches(image_of, 5, 1, 0, 0)] == [5, 5]
+    assert [len(batch) for batch in batching.epoch_batches(image_of, 16, 1, 0, 0)] == [10]
+    assert [len(batch) for batch in batching.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 10 + [2] * 10
