@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPModel
 
 import data
 import run as runs
@@ -26,34 +26,45 @@ BATCH = 64  # pictures embedded together
 
 
 class Clip:
-    """A frozen CLIP: a hub name or a local folder. Raises BadInput when there is none."""
+    """The image half of a frozen CLIP: a hub name or a local folder. Raises BadInput when there is none."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
-        transformers.logging.set_verbosity_error()  # else it reports at length on the text half, which is not used
+        transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            self.model = CLIPVisionModelWithProjection.from_pretrained(name).to(device).eval()
-            self.processor = CLIPImageProcessor.from_pretrained(name)
-        except (OSError, ValueError) as error:
+            clip, report = CLIPModel.from_pretrained(name, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
             raise BadInput(
-                f"cannot load the CLIP {name!r} for --guide clip: neither a folder with config.json, weights and "
-                f"preprocessor_config.json nor a model of huggingface.co within reach. Download huggingface.co/{name} "
-                f"elsewhere and give its folder to --clip-model. ({str(error).splitlines()[0]})") from error
-        self.dim, self.device = self.model.config.projection_dim, device
+                f"cannot load the CLIP {name!r} for --guide clip: neither a folder with a CLIP's config.json and "
+                f"weights nor a model of huggingface.co within reach. Download huggingface.co/{name} elsewhere and "
+                f"give its folder to --clip-model. ({str(error).splitlines()[0]})") from error
+        self.vision, self.project = clip.vision_model.to(device).eval(), clip.visual_projection.to(device)
+        missing = sorted(key for key in report["missing_keys"] if key.startswith("vis"))
+        if missing:  # they would be random numbers
+            raise BadInput(f"the CLIP {name!r} of --clip-model has no {missing[0]} (and {len(missing) - 1} more)")
+        side = clip.config.vision_config.image_size
+        frame = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        try:
+            self.processor = CLIPImageProcessor.from_pretrained(name, **frame)
+        except OSError:  # no preprocessor_config.json: all CLIPs prepare pictures alike
+            self.processor = CLIPImageProcessor(**frame)
+        self.dim, self.device = self.project.out_features, device
 
     def fingerprint(self) -> bytes:
         """Of all weights and of how pictures are prepared: two CLIPs never share one."""
         digest = hashlib.blake2b(self.processor.to_json_string().encode())
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for part in (self.vision, self.project):
+            for name, value in part.state_dict().items():
+                digest.update(name.encode())
+                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.digest()
 
     @torch.inference_mode()
     def embed(self, pictures: Iterable[Image.Image]) -> np.ndarray:
         """n pictures -> [n, E] float32 of unit length."""
         pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(self.device)
-        return torch.nn.functional.normalize(self.model(pixel_values=pixels).image_embeds.float(), dim=1).cpu().numpy()
+        seen = self.project(self.vision(pixel_values=pixels).pooler_output)
+        return torch.nn.functional.normalize(seen.float(), dim=1).cpu().numpy()
 
 
 def attach(splits: dict[str, data.Split], clip: Clip, folders: list[Path]) -> None:

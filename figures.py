@@ -39,7 +39,8 @@ def curves(history: list[dict], path: Path) -> None:
     easy = [line["epoch"] for line in history if line.get("negatives") == "mean"]
     if easy and len(easy) < len(history):
         left.axvline(easy[-1] + 0.5, color=QUIET, linestyle=":")
-        left.text(easy[-1] + 0.55, left.get_ylim()[0], "hardest negatives from here", color=QUIET, fontsize=8, va="bottom")
+        left.text(easy[-1] + 0.55, left.get_ylim()[0], "hardest negatives from here", color=QUIET, fontsize=8,
+                  va="bottom")
     stages = [(name, style) for name, style in (("global", ":"), ("two_stage", "-")) if name in history[0]["val"]]
     for way, color, name in (("i2t", "#4575b4", "image to text"), ("t2i", "#f46d43", "text to image")):
         for stage, style in stages:

@@ -288,7 +288,8 @@ def open_run(folder: Path) -> tuple[Settings, dict, tgdt.TGDT | user.USER, BertT
 
 def check_widths(folder: Path, checkpoint: dict, feature_dim: int, clip_dim: int) -> None:
     """Raises BadInput when the data's features, or the CLIP's, are not as wide as those the run was trained on."""
-    for what, name, found in (("region features", "feature_dim", feature_dim), ("CLIP embeddings", "clip_dim", clip_dim)):
+    for what, name, found in (("region features", "feature_dim", feature_dim),
+                              ("CLIP embeddings", "clip_dim", clip_dim)):
         if found != checkpoint[name]:
             raise BadInput(f"{folder} was trained on {what} of {checkpoint[name]} numbers, the data has {found}")
 

@@ -214,6 +214,8 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
     feature_dim = splits["train"].features.dim
     if last:
         runs.check_widths(out, last, feature_dim, clip_dim)
+    if settings.slots and settings.slots != (found := splits["train"].features.read([0])[0].shape[1]):
+        raise BadInput(f"--slots {settings.slots}: the data has {found} regions an image; 0 takes any number of them")
     model = runs.build(settings, bert, feature_dim, clip_dim).to(where)
     momentum = None
     if settings.model != "tgdt":

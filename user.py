@@ -3,7 +3,8 @@
 Read beside Zhang et al., "USER: Unified Semantic Enhancement With Momentum Contrast for Image-Text Retrieval". First a
 guide makes a picture's regions agree on what matters, then both branches pool their tokens into one vector:
 
-    regions -> SGE or CGE -> Linear + MLP -> GPO = image vector          word pieces -> BERT -> Linear -> GPO = text vector
+    regions     -> SGE or CGE -> Linear + MLP -> GPO = image vector
+    word pieces -> BERT       -> Linear       -> GPO = text vector
 
 SGE finds the guide in the regions themselves, CGE takes it from a frozen CLIP. While training, momentum copies of both
 branches fill two queues of keys: an image is contrasted with thousands of captions that are not in its batch, a
@@ -138,8 +139,8 @@ class GeneralizedPooling(nn.Module):
 class USER(nn.Module):
     """Both branches (USER, encoders). `bert` is a `BertModel`, `guide` one of the two enhancements above or None.
 
-    `batch` has the names and the shapes of `batching.Pairs`: regions [B, R, F], region_mask [B, R], for CGE clip [B, E];
-    word_ids and word_mask [B, W]. There are no fine tokens: what is encoded is the coarse vector alone.
+    `batch` has the names and the shapes of `batching.Pairs`: regions [B, R, F], region_mask [B, R], for CGE also clip
+    [B, E]; word_ids and word_mask [B, W]. There are no fine tokens: what is encoded is the coarse vector alone.
     """
 
     def __init__(self, bert: BertModel, feature_dim: int = 2048, dim: int = 1024, guide: nn.Module | None = None):
@@ -195,7 +196,8 @@ class Queue(nn.Module):
         if len(keys) > length:
             raise ValueError(f"a batch of {len(keys)} keys does not fit into a queue of {length}")
         place = (self.end + torch.arange(len(keys), device=keys.device)) % length
-        self.keys[place], self.owner[place] = keys.to(self.keys.dtype), owner
+        self.keys = self.keys.index_copy(0, place, keys.to(self.keys.dtype))  # not in place: the loss just taken on
+        self.owner = self.owner.index_copy(0, place, owner)                   # the old keys still needs them
         self.end.copy_((self.end + len(keys)) % length)
 
     def no_negatives(self, image_index: Tensor) -> Tensor:

@@ -1,18 +1,12 @@
-"""data.py: both layouts of features, every bad input, tokenisation and batches."""
+"""data.py: both layouts of features, every bad input."""
 
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
-import batching
 import data
 
 R, F = 3, 4
@@ -412,128 +406,3 @@ def test_scenes():
     assert mask.all() and mask.shape == regions.shape[:2] and regions.shape[2] == split.features.dim
     assert 0 <= box.min() and box.max() <= 1
     assert np.array_equal(np.array(split.picture(3)), split.truth.pictures[3])
-
-
-# ------------------------------------------------------------------------------------------------ tokenisation, batches
-
-
-@pytest.fixture
-def tokenizer():
-    words = "[PAD] [UNK] [CLS] [SEP] a red ball two dogs play blue house".split()
-    core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
-
-
-def test_tokenize(tokenizer):
-    words = batching.tokenize(["a red ball", "dogs", "A blue house two dogs"], tokenizer, longest=6)
-    assert words.ids.tolist() == [2, 4, 5, 6, 3] + [2, 8, 3] + [2, 4, 10, 11, 7, 3]  # cut off before [SEP]
-    assert words.offsets.tolist() == [0, 5, 8, 14]
-    assert words.ids.dtype == np.int32 and words.offsets.dtype == np.int64
-    bad(lambda: batching.tokenize(["dogs", "\u200b"], tokenizer, longest=6), "caption 1", "no word")
-
-
-def test_tokenize_more_than_a_chunk(tokenizer):
-    words = batching.tokenize(["dogs", "a ball"] * 5_001, tokenizer, longest=9)
-    assert words.offsets[-1] == len(words.ids) == 7 * 5_001
-    assert np.array_equal(words.ids.reshape(-1, 7), np.tile([2, 8, 3, 2, 4, 6, 3], (5_001, 1)))
-
-
-@pytest.fixture
-def pairs(flickr, tokenizer):
-    split = data.load("flickr8k", flickr)["train"]
-    split.captions = ["a", "red ball two", "ball", "two dogs", "a", "play blue", "house two a red"]
-    return split, batching.tokenize(split.captions, tokenizer, longest=9)
-
-
-def test_pairs(pairs, tokenizer):
-    split, words = pairs
-    chosen = [6, 1, 3, 2]  # of the images 2, 1, 2, 1
-    batch = batching.Pairs(split, words, pad_id=9)[chosen]
-    assert {name: value.dtype for name, value in batch.items()} == {
-        "regions": torch.float32, "boxes": torch.float32, "region_mask": torch.bool, "word_ids": torch.int64,
-        "word_mask": torch.bool, "image_row": torch.int64, "image_index": torch.int64, "caption_index": torch.int64,
-    }  # fmt: skip
-    assert len(batch["regions"]) == 2  # each image once
-    assert batch["caption_index"].tolist() == chosen and batch["image_index"].tolist() == [2, 1, 2, 1]
-    for place, caption in enumerate(chosen):
-        regions, box, mask = split.features.read([split.image_of[caption]])
-        row, n = batch["image_row"][place], mask.sum()
-        assert torch.equal(batch["regions"][row][:n], torch.from_numpy(regions[0]))
-        assert torch.equal(batch["boxes"][row][:n], torch.from_numpy(box[0]))
-        assert batch["region_mask"][row].sum() == n and batch["region_mask"][row][:n].all()
-        ids = tokenizer(split.captions[caption])["input_ids"]
-        assert batch["word_ids"][place].tolist() == ids + [9] * (6 - len(ids))
-        assert batch["word_mask"][place].tolist() == [True] * len(ids) + [False] * (6 - len(ids))
-
-
-def test_pairs_in_a_loader(pairs):
-    split, words = pairs
-    dataset = pickle.loads(pickle.dumps(batching.Pairs(split, words)))  # as a worker process gets it
-    batches = batching.epoch_batches(split.image_of, 2, 1, seed=0, epoch=0)
-    seen = [batch["caption_index"].tolist() for batch in DataLoader(dataset, sampler=batches, batch_size=None)]
-    assert seen == batches and len(dataset) == 7
-
-
-def test_image_batches(pairs):
-    split, _ = pairs
-    batches = list(batching.image_batches(split, 2))
-    assert [batch["image_index"].tolist() for batch in batches] == [[0, 1], [2]]
-    assert [tuple(batch["regions"].shape) for batch in batches] == [(2, 3, F), (1, 5, F)]
-    assert torch.equal(batches[1]["regions"][0], torch.from_numpy(split.features.read([2])[0][0]))
-    assert batches[0]["region_mask"].tolist() == [[True, True, False], [True, True, True]]
-    assert set(batches[0]) == {"regions", "boxes", "region_mask", "image_index"}
-
-
-def test_text_batches(pairs, tokenizer):
-    split, words = pairs
-    batches = list(batching.text_batches(words, 3, pad_id=9))
-    order = [i for batch in batches for i in batch["caption_index"].tolist()]
-    assert sorted(order) == list(range(7)) and [len(batch["word_ids"]) for batch in batches] == [3, 3, 1]
-    lengths = [batch["word_mask"].sum(1).tolist() for batch in batches]
-    assert sum(lengths, []) == sorted(sum(lengths, []))
-    for batch in batches:
-        for ids, mask, caption in zip(batch["word_ids"], batch["word_mask"], batch["caption_index"], strict=True):
-            assert ids[mask].tolist() == tokenizer(split.captions[caption])["input_ids"] and (ids[~mask] == 9).all()
-            assert batch["word_ids"].shape[1] == batch["word_mask"].sum(1).max()
-
-
-@pytest.mark.parametrize("each", [1, 2, 5])
-def test_epoch_batches(each):
-    image_of = np.random.default_rng(1).permutation(np.repeat(np.arange(40), 5))  # captions in any order
-    batches = batching.epoch_batches(image_of, 10, each, seed=3, epoch=7)
-    captions = sum(batches, [])
-    groups = 40 * -(-5 // each)  # 2 captions an image in a round: 2, 2 and 1
-    assert len(batches) == groups // (10 // each)
-    assert sorted(captions) == list(range(200))
-    for batch in batches:
-        images, counts = np.unique(image_of[batch], return_counts=True)
-        assert len(images) == 10 // each and len(set(counts.tolist())) == 1 and counts[0] in (each, 5 % each)
-        assert len(batch) <= 10 and all(type(row) is int for row in batch)
-    assert batches == batching.epoch_batches(image_of, 10, each, seed=3, epoch=7)
-    others = [batching.epoch_batches(image_of, 10, each, seed=s, epoch=e) for s, e in ((3, 8), (4, 7), (7, 3))]
-    assert all(batches != other for other in others)
-
-
-def test_epoch_batches_of_images_with_different_numbers_of_captions():
-    counts = np.arange(12) % 6  # none to five; two images have no caption at all
-    image_of = np.repeat(np.arange(12), counts)
-    batches = batching.epoch_batches(image_of, 4, 2, seed=0, epoch=0)
-    captions = sum(batches, [])
-    assert len(captions) == len(set(captions)) >= len(image_of) - 2
-    groups = (-(-counts // 2)).sum()
-    assert len(batches) == groups // 2
-    rounds = [np.minimum(np.maximum(counts - 2 * r, 0), 2) for r in range(3)]  # what each image gives in each round
-    for given in rounds[:2]:
-        own, captions = captions[: given.sum()], captions[given.sum() :]
-        assert np.array_equal(np.bincount(image_of[own], minlength=12), given)
-
-
-def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
-    image_of = np.arange(10)
-    assert [len(batch) for batch in batching.epoch_batches(image_of, 4, 1, 0, 0)] == [4, 4]
-    assert [len(batch) for batch in batching.epoch_batches(image_of, 5, 1, 0, 0)] == [5, 5]
-    assert [len(batch) for batch in batching.epoch_batches(image_of, 16, 1, 0, 0)] == [10]
-    assert [len(batch) for batch in batching.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 10 + [2] * 10

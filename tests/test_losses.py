@@ -116,3 +116,79 @@ def test_gradients():
         return losses.cmc(image, text, local, margin=0.5, intra_margin=0.1)
 
     assert torch.autograd.gradcheck(objective, (image, text, regions, words))
+
+
+# ---------------------------------------------------------------------------------------------------------- UTO
+
+
+@pytest.fixture(scope="module")
+def uto_given() -> dict[str, torch.Tensor]:
+    with np.load(PARITY / "user_losses.npz", allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+def test_uto_equals_the_released_code(uto_given):
+    g, want = uto_given, json.loads((PARITY / "user_losses.json").read_text())
+    batch = losses.uto_batch(g["images"] @ g["texts"].T)
+    queue = (losses.uto_queue(g["images"], g["text_keys"], g["text_queue"])
+             + losses.uto_queue(g["texts"], g["image_keys"], g["image_queue"]))
+    assert batch.item() == pytest.approx(want["uto_batch_mu90_gamma0.5"], abs=1e-5)
+    assert queue.item() == pytest.approx(want["uto_queue_mu90_gamma0.5"], abs=1e-5)
+    whole = losses.uto(g["images"], g["texts"], g["image_keys"], g["text_keys"], g["image_queue"], g["text_queue"])
+    assert whole.item() == pytest.approx(20 * batch.item() + queue.item(), rel=1e-6)
+
+
+def test_uto_on_a_batch_equals_its_formula_term_by_term():
+    s, mu, gamma = random_tokens(4, 6) @ random_tokens(4, 6, seed=1).T, 7.0, 0.1
+    total = 0.0
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        for negatives in (s[i, others], s[others, i]):
+            total += float(torch.log(1 + torch.exp(mu * (negatives - gamma)).sum())) / mu
+        total -= float(torch.log(1 + s[i, i].clamp(min=0)))
+    assert losses.uto_batch(s, mu, gamma).item() == pytest.approx(total / 4, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_uto_is_stable_where_the_exponential_overflows(dtype):
+    """s = 1 and mu = 90 everywhere: e^45 is beyond float16, the loss and its gradient are not."""
+    similarity = torch.ones(4, 4, dtype=dtype, requires_grad=True)
+    assert torch.exp(torch.tensor(45.0, dtype=torch.float16)).isinf()
+    loss = losses.uto_batch(similarity)
+    want = 2 * (np.log1p(3 * np.exp(45.0)) / 90) - np.log(2)
+    assert loss.item() == pytest.approx(want, abs=1e-6)
+    loss.backward()
+    assert similarity.grad.isfinite().all() and similarity.grad.dtype == dtype
+    unit = F.normalize(torch.ones(3, 8, dtype=dtype), dim=1)
+    queue = losses.uto_queue(unit, unit, unit.repeat(2, 1))
+    assert queue.item() == pytest.approx(np.log1p(6 * np.exp(45.0)) / 90 - np.log(2), abs=0.01)
+
+
+def test_uto_uses_no_false_negative():
+    similarity = torch.tensor([[0.9, 0.95, 0.1], [0.95, 0.9, 0.2], [0.0, 0.3, 0.8]], dtype=torch.double)
+    same_image = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    pushed = similarity.clone()
+    pushed[0, 1] = pushed[1, 0] = -5  # as far away as may be: what is masked has no say
+    assert losses.uto_batch(similarity, positives=same_image) == losses.uto_batch(pushed, positives=same_image)
+    assert losses.uto_batch(similarity) > losses.uto_batch(similarity, positives=same_image) + 0.4
+
+    queries, keys, queue = random_tokens(2, 6), random_tokens(2, 6, seed=1), random_tokens(5, 6, seed=2)
+    false = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]], dtype=torch.bool)
+    masked = losses.uto_queue(queries, keys, queue, mu=5.0, gamma=0.0, false_negatives=false)
+    by_hand = [losses.uto_queue(queries[i : i + 1], keys[i : i + 1], queue[~false[i]], mu=5.0, gamma=0.0)
+               for i in range(2)]
+    assert masked.item() == pytest.approx(sum(by_hand).item() / 2, abs=1e-12)
+
+
+def test_an_empty_queue_has_no_say():
+    queries, keys = random_tokens(2, 6), random_tokens(2, 6, seed=1)
+    nothing = torch.ones(2, 3, dtype=torch.bool)
+    loss = losses.uto_queue(queries, keys, torch.zeros(3, 6, dtype=torch.double), false_negatives=nothing)
+    assert loss.item() == pytest.approx(-(queries * keys).sum(1).clamp(min=0).log1p().mean().item(), abs=1e-12)
+
+
+def test_uto_gradients():
+    image, text = random_tokens(3, 5).requires_grad_(), random_tokens(3, 5, seed=1).requires_grad_()
+    keys, queue = random_tokens(3, 5, seed=2), random_tokens(4, 5, seed=3)
+    assert torch.autograd.gradcheck(
+        lambda image, text: losses.uto(image, text, keys, keys, queue, queue, mu=6.0, gamma=0.1), (image, text))

@@ -14,6 +14,7 @@ import retrieve
 import run as runs
 import tgdt
 import train
+import user
 from data import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +90,96 @@ def test_a_run_leaves_its_folder_and_prints_the_table(flags, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+@pytest.mark.parametrize("guide", ["self", "none"])
+def test_a_run_of_user_has_no_fine_tokens(flags, tmp_path, capsys, guide):
+    out = tmp_path / "run"
+    assert train.main([*flags, "--model", "user", "--guide", guide]) == 0
+    names = {"settings.json", "checkpoint.pt", "best.pt", "history.jsonl", "metrics.json", "curves.png",
+             "retrieval.png", "tokenizer"} | ({"guide.png"} if guide == "self" else set())
+    assert {p.name for p in out.iterdir()} == names
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert "global" in metrics and not {"local", "two_stage", "mixed"} & metrics.keys()
+    assert "negatives" not in json.loads((out / "history.jsonl").read_text().splitlines()[0])
+    assert retrieve.main(["evaluate", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "global only" in said and "two-stage" not in said
+    assert retrieve.main(["search", str(out), "a red dog", "--top", "2"]) == 0
+    assert retrieve.main(["search", str(out), "--image", "2", "--top", "3"]) == 0
+
+
+def test_a_run_of_the_unified_model_has_both(flags, tmp_path):
+    out = tmp_path / "run"
+    assert train.main([*flags, "--model", "tgdt-user", "--epochs", "1"]) == 0
+    assert {"global", "local", "two_stage"} <= json.loads((out / "metrics.json").read_text()).keys()
+    names = weights(out).keys()
+    assert any(name.startswith("guide.") for name in names) and any("local_encoder" in name for name in names)
+    assert (out / "alignment.png").is_file()
+
+
+@pytest.mark.parametrize("model", ["user", "tgdt-user"])
+def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys, model):
+    """Pictures by Karpathy's JSON beside the SCAN files; the cache beside the data; evaluation reads it again."""
+    from PIL import Image
+    from test_clip_guide import save_clip
+
+    pictured = tmp_path / "pictured"
+    (pictured / "images").mkdir(parents=True)
+    images = []
+    for split, stem in (("train", "train"), ("val", "dev")):
+        captions = (root / f"{stem}_caps.txt").read_text().split("\n")
+        (pictured / f"{stem}_ims.npy").write_bytes((root / f"{stem}_ims.npy").read_bytes())
+        (pictured / f"{stem}_caps.txt").write_text("\n".join(captions))
+        for row in range(len(captions) // 2):
+            name = f"{stem}{row}.png"
+            Image.new("RGB", (20, 20), (row * 30, 90, len(stem) * 40)).save(pictured / "images" / name)
+            images.append({"filename": name, "split": split,
+                           "sentences": [{"raw": text} for text in captions[2 * row : 2 * row + 2]]})
+    (pictured / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    flags[flags.index("--data-root") + 1] = str(pictured)
+    clip, out = save_clip(tmp_path / "clip"), tmp_path / "run"
+    flags += ["--model", model, "--guide", "clip", "--clip-model", str(clip), "--epochs", "1"]
+    assert train.main(flags) == 0
+    assert "guide.project.weight" in weights(out) and not any("vision" in name for name in weights(out))
+    kept = sorted((pictured / "clip").iterdir())
+    assert [path.name.split("-")[0] for path in kept] == ["train", "val"]
+    assert retrieve.main(["evaluate", str(out)]) == 0
+    assert retrieve.main(["search", str(out), "--image", "dev2.png"]) == 0
+    assert sorted((pictured / "clip").iterdir()) == kept
+    (pictured / "images" / "dev3.png").unlink()
+    capsys.readouterr()
+    assert retrieve.main(["evaluate", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert "1 of 4" in message and "image 3" in message and message.count("\n") == 1
+    assert retrieve.main(["evaluate", str(out), "--data-root", str(root)]) == 2
+    assert "4 of 4" in capsys.readouterr().err
+    wide = runs.read_json(out / "settings.json") | {"clip_model": str(save_wide_clip(tmp_path / "wide"))}
+    (out / "settings.json").write_text(json.dumps(wide))
+    assert retrieve.main(["evaluate", str(out), "--data-root", str(root)]) == 2
+    message = capsys.readouterr().err
+    assert "CLIP embeddings of 6 numbers" in message and "7" in message
+
+
+def save_wide_clip(folder: Path) -> Path:
+    from transformers import CLIPConfig, CLIPModel
+
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    CLIPModel(CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8},
+                         projection_dim=7)).save_pretrained(folder)
+    return folder
+
+
+def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkeypatch):
+    from test_clip_guide import save_clip
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused([*flags, "--guide", "self"], capsys, "--guide self", "tgdt-user")
+    guided = [*flags, "--model", "user", "--guide", "clip", "--clip-model"]
+    refused([*guided, str(tmp_path / "nowhere")], capsys, "--clip-model", "nowhere")
+    refused([*guided, str(save_clip(tmp_path / "clip"))], capsys, "--guide clip", "8 of 8", "image 0")
+    refused([*flags, "--model", "user", "--queue", "3"], capsys, "--queue 3", "4")
+    refused([*flags, "--model", "user", "--slots", "36"], capsys, "--slots 36", "3")
+
+
 def test_the_same_seed_trains_the_same_weights_and_another_does_not(flags, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert train.main([*flags[:-1], str(tmp_path / name), "--seed", seed]) == 0
@@ -96,9 +187,11 @@ def test_the_same_seed_trains_the_same_weights_and_another_does_not(flags, tmp_p
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("steps", [2, 4, 6])
-def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path, monkeypatch, steps):
-    """Stopped by Ctrl-C after some steps of four an epoch, with dropout at work, then resumed."""
+@pytest.mark.parametrize("model, steps", [("tgdt", 2), ("tgdt", 4), ("tgdt", 6), ("user", 2), ("user", 6),
+                                          ("tgdt-user", 3), ("tgdt-user", 4)])
+def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path, monkeypatch, model, steps):
+    """Stopped by Ctrl-C after some steps of four an epoch, with dropout and caption noise at work, then resumed."""
+    flags = ["--model", model, "--queue", "7", "--seed", "5", *flags] if model != "tgdt" else flags
     whole = tmp_path / "whole"
     assert train.main([*flags[:-1], str(whole)]) == 0
 
@@ -120,6 +213,9 @@ def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path,
     assert retrieve.main(["evaluate", str(out)]) == 0  # usable as it stands
     assert train.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
     assert same(weights(whole), weights(out)) and same(weights(whole, "best.pt"), weights(out, "best.pt"))
+    if model != "tgdt":  # the momentum encoders and the queues as well
+        momentum = [runs.read_checkpoint(f / "checkpoint.pt")["momentum"] for f in (whole, out)]
+        assert same(*momentum) and momentum[0]["text_queue.owner"].min() >= 0 and int(momentum[0]["steps"]) == 8
     lines = [[json.loads(line) for line in (f / "history.jsonl").read_text().splitlines()] for f in (whole, out)]
     assert [line["val"] for line in lines[0]] == [line["val"] for line in lines[1]]
 
@@ -280,6 +376,21 @@ def test_the_paper_preset_is_the_released_configuration():
     assert runs.make_settings({"dataset": "coco", "preset": "paper", "batch_size": 8}).batch_size == 8
 
 
+def test_the_paper_preset_of_user_is_the_released_configuration():
+    paper = runs.make_settings({"dataset": "flickr30k", "preset": "paper", "model": "user"})
+    assert (paper.dim, paper.batch_size, paper.lr, paper.text_lr, paper.clip) == (1024, 128, 5e-4, 0.1, 2.0)
+    assert (paper.optimizer, paper.weight_decay, paper.schedule, paper.epochs) == ("adamw", 1e-4, "step", 20)
+    assert (paper.queue, paper.momentum, paper.mu, paper.gamma, paper.batch_weight) == (2048, 0.999, 90.0, 0.5, 20.0)
+    assert (paper.text_layers, paper.noise, paper.guide, paper.guide_dropout, paper.sharpness) == (12, 0.2, "self", 0.4,
+                                                                                                   1.0)
+    assert [train.rate(100 * epoch, 100, paper) for epoch in (0, 9, 10, 19)] == pytest.approx([1, 1, 0.1, 0.1])
+    coco = runs.make_settings({"dataset": "coco", "preset": "paper", "model": "user"})
+    assert (coco.epochs, coco.drop_every, coco.queue, coco.batch_weight, coco.batch_size) == (25, 15, 4096, 1.0, 128)
+    model = runs.build(paper, tiny_bert(), 32)
+    assert isinstance(model, user.USER) and model.guide.local_norm.num_features == 32
+    assert model.widen.weight.shape == (512, 32) and model.project_words.weight.shape == (1024, 8)
+
+
 def tiny_bert():
     from transformers import BertConfig, BertModel
 
@@ -302,7 +413,8 @@ def test_help(program):
     assert "usage" in said.stdout
 
 
-@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch-size", "1"), ("--dim", "6"), ("--heads", "0")])
+@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch-size", "1"), ("--dim", "6"), ("--heads", "0"),
+                                         ("--noise", "1"), ("--momentum", "-0.1"), ("--mu", "0")])
 def test_impossible_settings_are_refused_by_name(flag, value, tmp_path, capsys):
     refused([flag, value, "--out", str(tmp_path / "run")], capsys, flag, value)
 
