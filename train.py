@@ -3,13 +3,15 @@
     python train.py                                              the built-in scenes, TGDT, three minutes on two cores
     python train.py --dataset flickr30k --data-root DIR          Flickr30K from its feature files
     python train.py --dataset coco --data-root DIR --preset paper --device cuda
+    python train.py --model user --guide self                    USER; --model tgdt-user is both papers in one model
 
 --preset small (the default) is for a laptop, and on scenes smaller still; --preset paper has the released sizes and
 rates. Any setting given beside it counts.
 
 The run folder holds settings.json, checkpoint.pt (the last state), best.pt (by validation rsum), history.jsonl (a
-line an epoch), metrics.json, and the pictures curves.png, retrieval.png and alignment.png. Ctrl-C saves the state
-and stops; --resume goes on from it, on exactly the path that the uninterrupted run would have taken.
+line an epoch), metrics.json, and the pictures curves.png, retrieval.png and alignment.png (for USER, which has no fine
+tokens, guide.png instead). Ctrl-C saves the state and stops; --resume goes on from it, on exactly the path that the
+uninterrupted run would have taken.
 """
 from __future__ import annotations
 
@@ -369,18 +371,24 @@ def draw(model: torch.nn.Module, split: data.Split, images: retrieve.Embeddings,
 
 
 def parser() -> argparse.ArgumentParser:
-    """One flag a setting. Their defaults come from the preset, so --help shows each preset's value."""
+    """One flag a setting. Their defaults come from model and preset, so --help shows the value of each."""
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    presets = {"scenes": runs.make_settings({}), "small": runs.make_settings({"dataset": "flickr30k"}),
-               "paper": runs.make_settings({"dataset": "flickr30k", "preset": "paper"})}
+    kinds = {"scenes": {}, "small": {"dataset": "flickr30k"}, "paper": {"dataset": "flickr30k", "preset": "paper"}}
+    presets = {name: {kind: runs.make_settings(given | {"model": name}) for kind, given in kinds.items()}
+               for name in ("tgdt", "user", "tgdt-user")}
     for f in fields(Settings):
         kind = f.default.__class__ if f.default is not None else str
         note = f.metadata["help"]
-        values = {name: getattr(preset, f.name) for name, preset in presets.items()}
-        if f.name in ("dataset", "preset") or len(set(values.values())) == 1:
+        values = {name: {kind: getattr(preset, f.name) for kind, preset in each.items()}
+                  for name, each in presets.items()}
+        if f.name in ("dataset", "model", "preset") or (values["tgdt"] == values["user"] == values["tgdt-user"]
+                                                        and len(set(values["tgdt"].values())) == 1):
             note += f" (default {f.default})" if f.default is not None else ""
         else:
-            note += f" ({', '.join(f'{name} {value}' for name, value in values.items())})"
+            for name, each in values.items():
+                if name == "tgdt" or each != values["tgdt"]:
+                    same, value = len(set(each.values())) == 1, each["paper"]
+                    note += f" ({name}: {value if same else ', '.join(f'{k} {v}' for k, v in each.items())})"
         out.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=f.metadata["choices"], help=note,
                          metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[kind])
     out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
