@@ -36,7 +36,19 @@ def enhance(regions: Tensor, mask: Tensor, guide: Tensor, sharpness: float = 1.0
     """
     agreement = sharpness * (regions @ guide[:, :, None]).squeeze(2).masked_fill(~mask, float("-inf"))
     attention = F.normalize(agreement.softmax(1), dim=1)
-    return regions + attention[:, :, None] * guide[:, None, :]
+    return torch.addcmul(regions, attention[:, :, None], guide[:, None, :])
+
+
+def pack(padded: Tensor, mask: Tensor) -> Tensor:
+    """[B, T, D] -> the n real tokens [n, D], row by row: no statistics of padding, no work for it."""
+    return padded.flatten(0, 1) if mask.all() else padded[mask]
+
+
+def unpack(packed: Tensor, mask: Tensor) -> Tensor:
+    """[n, D] -> [B, T, D], zeros where there is padding."""
+    if mask.all():
+        return packed.view(*mask.shape, -1)
+    return packed.new_zeros(*mask.shape, packed.shape[1]).index_put((mask,), packed)
 
 
 class SelfGuidedEnhancement(nn.Module):
@@ -64,16 +76,15 @@ class SelfGuidedEnhancement(nn.Module):
         """[B, F] unit length: the regions' sum, weighted by how each one agrees with their mean."""
         if self.slots and regions.shape[1] != self.slots:
             raise ValueError(f"this model's statistics are of {self.slots} regions a picture, got {regions.shape[1]}")
-        mean = (regions * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        mean = ((mask / mask.sum(1, keepdim=True))[:, None] @ regions).squeeze(1)                   # [B, F]
         local = self.local(regions)
-        if self.slots:
-            local = self.local_norm(local)
-        else:
-            local = torch.zeros_like(local).index_put((mask,), self.local_norm(local[mask]).to(local.dtype))
-        local = self.dropout(local.tanh())                                                    # [B, R, F]
-        picture = self.dropout(self.picture_norm(self.picture(mean)).tanh())                  # [B, F]
-        scores = self.score(local * picture[:, None]).squeeze(2).masked_fill(~mask, float("-inf"))
-        return F.normalize((scores.softmax(1)[:, :, None] * regions).sum(1), dim=1)
+        local = self.local_norm(local) if self.slots else unpack(self.local_norm(pack(local, mask)), mask)
+        local = self.dropout(local.tanh())                                                          # [B, R, F]
+        picture = self.dropout(self.picture_norm(self.picture(mean)).tanh())                        # [B, F]
+        # The score of local * picture, without that product: its weights times the picture, against each region.
+        scores = (local @ (self.score.weight * picture)[:, :, None]).squeeze(2) + self.score.bias   # [B, R]
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(1)
+        return F.normalize((weights[:, None] @ regions).squeeze(1), dim=1)
 
     def forward(self, regions: Tensor, mask: Tensor, clip: Tensor | None = None) -> Tensor:
         """regions [B, R, F], mask [B, R] -> enhanced regions [B, R, F]. `clip` is not used: see CGE."""
@@ -127,13 +138,16 @@ class GeneralizedPooling(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens [B, T, D], mask [B, T] with at least one real token a row -> [B, D]."""
-        lengths, place = mask.sum(1), torch.arange(tokens.shape[1], device=tokens.device)
-        with torch.autocast(tokens.device.type, enabled=False):
-            weights = self.weights(lengths, len(place))
         columns = tokens.transpose(1, 2).contiguous()         # [B, D, T]: the last dimension is the fastest to sort
-        ordered = columns.masked_fill(~mask[:, None], float("-inf")).sort(2, descending=True)[0]
-        ordered = ordered.masked_fill((place >= lengths[:, None])[:, None], 0)        # padding has come to the end
-        return (ordered * weights[:, None]).sum(2)
+        if mask.all():
+            ordered = columns.sort(2, descending=True)[0]
+        else:                                                 # padding comes to the end, where the weights are 0
+            beyond = torch.arange(mask.shape[1], device=mask.device) >= mask.sum(1, keepdim=True)
+            ordered = columns.masked_fill(~mask[:, None], float("-inf")).sort(2, descending=True)[0]
+            ordered = ordered.masked_fill(beyond[:, None], 0)
+        with torch.autocast(tokens.device.type, enabled=False):
+            weights = self.weights(mask.sum(1), mask.shape[1])
+            return (ordered.to(weights.dtype) @ weights[:, :, None]).squeeze(2)
 
 
 class USER(nn.Module):
@@ -162,9 +176,8 @@ class USER(nn.Module):
         regions, mask = batch["regions"], batch["region_mask"]
         if self.guide is not None:
             regions = self.guide(regions, mask, batch.get("clip"))
-        real = regions[mask]                                      # [n, F]: no statistics, no work for padding
-        packed = self.project(real) + self.narrow(self.widen_norm(self.widen(real)).relu())
-        tokens = packed.new_zeros(*mask.shape, packed.shape[1]).index_put((mask,), packed)
+        real = pack(regions, mask)
+        tokens = unpack(self.project(real) + self.narrow(self.widen_norm(self.widen(real)).relu()), mask)
         return Encoded(F.normalize(self.image_pool(tokens, mask), dim=1), None, None)
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
