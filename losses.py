@@ -63,6 +63,7 @@ def local_similarity(
     owner = word_mask.nonzero()[:, 0]                                     # [n]: the caption that each belongs to
     dots = (region_tokens.flatten(0, 1) @ packed.T).view(images, regions, -1)
     best = dots.masked_fill(~region_mask[:, :, None], float("-inf")).amax(1)                          # [I, n]
+    best = best.to(torch.promote_types(best.dtype, torch.float32))  # sums in half precision would lose digits
     total = best.new_zeros(images, len(word_mask)).index_add(1, owner, best)
     if words == "sum":
         return total

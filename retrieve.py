@@ -1,8 +1,7 @@
-"""Retrieval: encode, shortlist by the coarse vectors, re-rank by the fine tokens, count recall.
+"""Retrieval: encode, search in two stages, count recall.
 
-Read beside TGDT, the part on two-stage inference. Stage 1 takes dot products of the global embeddings and keeps the
-best K of the corpus; stage 2 sorts those K by the mixed similarity, global + weight x local. Both directions work
-alike: an image is a query for captions, a caption is a query for images.
+Read beside TGDT, the part on inference, and both papers' experiments. What two stages are stands in `twostage.py`, what
+recall is in `recall.py`; here trained models meet both, and the command line.
 
     python retrieve.py evaluate RUN                    recall of a trained run, both directions
     python retrieve.py search   RUN "a red ring"       the pictures that fit a caption best
@@ -29,46 +28,13 @@ import batching
 import clip_guide
 import data
 import figures
-import losses
 import regions
 import run as runs
 from data import BadInput
 from recall import alignment, metrics, ranks, recall, shortlist_ranks
-
-QUERY_BLOCK = 256     # queries scored together in stage 1
-CORPUS_BLOCK = 65536  # corpus rows scored together in stage 1
-TOKEN_BUDGET = 2**26  # numbers gathered together in stage 2: 256 MB of float32
+from twostage import Embeddings, local_matrix, search
 
 # ------------------------------------------------------------------------------------------------------- encode
-
-
-@dataclass
-class Embeddings:
-    """N encoded pictures or captions.
-
-    kind: "image" or "text".  globals: [N, D] unit length.
-    tokens: [N, T, D] unit length, mask: [N, T] bool, the real ones; both None for a model without fine tokens.
-    """
-
-    kind: str
-    globals: Tensor
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.globals)
-
-    def __getitem__(self, rows: slice | Tensor) -> Embeddings:
-        return Embeddings(
-            self.kind,
-            self.globals[rows],
-            None if self.tokens is None else self.tokens[rows],
-            None if self.mask is None else self.mask[rows],
-        )
-
-    def to(self, device: torch.device | str) -> Embeddings:
-        moved = (None if part is None else part.to(device) for part in (self.globals, self.tokens, self.mask))
-        return Embeddings(self.kind, *moved)
 
 
 @torch.inference_mode()
@@ -109,86 +75,6 @@ def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind
 def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
     """Mixed precision on `device` when precision is "bfloat16", nothing when it is "float32"."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-# --------------------------------------------------------------------------------------------- two-stage search
-
-
-@torch.inference_mode()
-def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight: float = 10.0,
-           words: str = "sum") -> tuple[Tensor, Tensor]:
-    """Two-stage retrieval (TGDT). Returns indices [Q, K] into the corpus and scores [Q, K], best first.
-
-    K is `shortlist`, or the corpus's size if that is smaller. Stage 1 ranks by the global embeddings; stage 2
-    re-ranks by global + weight x local, where `words` is as in `losses.local_similarity`. Without tokens, or with
-    weight 0, stage 1's order stands. Raises ValueError for an empty corpus or two of one kind.
-    """
-    if len(corpus) == 0:
-        raise ValueError("the corpus is empty: there is nothing to search in")
-    if shortlist < 1:
-        raise ValueError(f"a shortlist holds at least one candidate, not {shortlist}")
-    if queries.kind == corpus.kind:
-        raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one is to be image, the other text")
-    scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)))
-    if queries.tokens is None or corpus.tokens is None or weight == 0:
-        return indices, scores
-    step = max(1, TOKEN_BUDGET // (indices.shape[1] * corpus.tokens[0].numel()))
-    for start in range(0, len(queries), step):
-        block = slice(start, start + step)
-        local = shortlist_local(queries[block], corpus, indices[block], words)
-        scores[block] += weight * local
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return indices.gather(1, order), scores
-
-
-def nearest(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Stage 1: the k largest dot products of each query, [Q, k] scores and [Q, k] indices, best first.
-
-    queries [Q, D], corpus [N, D]. Works in blocks: the [Q, N] matrix never exists.
-    """
-    all_scores, all_indices = [], []
-    for query in queries.split(QUERY_BLOCK):
-        best = query.new_empty(len(query), 0)
-        index = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
-        for start in range(0, len(corpus), CORPUS_BLOCK):
-            scores = query @ corpus[start : start + CORPUS_BLOCK].T
-            here = torch.arange(start, start + scores.shape[1], device=query.device).expand(len(query), -1)
-            best, order = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + scores.shape[1]), dim=1)
-            index = torch.cat([index, here], 1).gather(1, order)
-        all_scores.append(best)
-        all_indices.append(index)
-    return torch.cat(all_scores), torch.cat(all_indices)
-
-
-def shortlist_local(queries: Embeddings, corpus: Embeddings, indices: Tensor, words: str = "sum") -> Tensor:
-    """Stage 2: the local similarity of each of q queries with its own k candidates, [q, k].
-
-    One matrix product a query: its tokens against the tokens of all its candidates.
-    """
-    tokens, mask = corpus.tokens[indices], corpus.mask[indices]                    # [q, k, T, D], [q, k, T]
-    dots = tokens.flatten(1, 2) @ queries.tokens.transpose(1, 2)                   # [q, k T, t]
-    dots = dots.view(*mask.shape, -1)                                              # [q, k, T, t]
-    if corpus.kind == "image":                                                     # T regions, t words
-        best = dots.masked_fill(~mask[..., None], float("-inf")).amax(2)           # [q, k, words]
-        word_mask = queries.mask[:, None]
-    else:                                                                          # T words, t regions
-        best = dots.masked_fill(~queries.mask[:, None, None], float("-inf")).amax(3)
-        word_mask = mask
-    total = best.masked_fill(~word_mask, 0).sum(2)
-    return total if words == "sum" else total / word_mask.sum(2).clamp(min=1)
-
-
-@torch.inference_mode()
-def local_matrix(images: Embeddings, texts: Embeddings, words: str = "sum") -> Tensor:
-    """The local similarity of every image with every caption, [images, captions], in blocks of captions."""
-    words_a_caption = texts.mask.shape[1]
-    step = max(1, TOKEN_BUDGET // (images.mask.numel() * max(1, words_a_caption)))
-    starts = tqdm(range(0, len(texts), step), desc="exhaustive local", unit="block", leave=False, delay=2)
-    return torch.cat([
-        losses.local_similarity(
-            images.tokens, images.mask, texts.tokens[at : at + step], texts.mask[at : at + step], words)
-        for at in starts
-    ], 1)
 
 
 # ----------------------------------------------------------------------------------------------------- evaluate

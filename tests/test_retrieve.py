@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import losses
 import recall
 import retrieve
+import twostage
 from retrieve import Embeddings
 
 
@@ -39,20 +40,66 @@ def brute_force(query: int, queries: Embeddings, corpus: Embeddings, k: int, wei
     return sorted(out, reverse=True)
 
 
+def packed(padded: Embeddings) -> Embeddings:
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), padded.mask.sum(1).cumsum(0)])
+    return Embeddings(padded.kind, padded.globals, padded.tokens[padded.mask], None, offsets)
+
+
+@pytest.mark.parametrize("form", [lambda e: e, packed])
+@pytest.mark.parametrize("memory", [None, 4_000, 1])
+@pytest.mark.parametrize("anchor", [0, 10**6])
 @pytest.mark.parametrize("k", [1, 4, 100])
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_search_equals_brute_force(corpus, direction, k, monkeypatch):
-    monkeypatch.setattr(retrieve, "QUERY_BLOCK", 5)  # many blocks, the last one short
-    monkeypatch.setattr(retrieve, "CORPUS_BLOCK", 4)
-    monkeypatch.setattr(retrieve, "TOKEN_BUDGET", 3 * k * 7 * 16)
+def test_search_equals_brute_force(corpus, direction, k, anchor, memory, form, monkeypatch):
+    """Ragged words and regions, duplicates, a list longer than the corpus; many blocks, the last ones short."""
+    monkeypatch.setattr(twostage, "WIDTH", 5)
+    monkeypatch.setattr(twostage, "CHUNK", 9)
+    monkeypatch.setattr(twostage, "ANCHOR", anchor)
     queries, found = corpus if direction == "i2t" else corpus[::-1]
-    indices, scores = retrieve.search(queries, found, shortlist=k, weight=2.0)
+    indices, scores = retrieve.search(form(queries), form(found), shortlist=k, weight=2.0, memory=memory)
     assert indices.shape == scores.shape == (len(queries), min(k, len(found)))
     for q in range(len(queries)):
         want = brute_force(q, queries, found, k, 2.0)
         assert np.allclose(scores[q], [score for score, _ in want], atol=1e-4)
         # Captions 5 and 20 are equal: where only one fits on the list, either will do.
         assert sorted({20: 5}.get(c, c) for c in indices[q].tolist()) == sorted({20: 5}.get(c, c) for _, c in want)
+
+
+@pytest.mark.parametrize("form", [lambda e: e, packed])
+def test_pairs_are_scored_alike_image_by_image_and_caption_by_caption(corpus, form, monkeypatch):
+    images, texts = corpus
+    want = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask)
+    g = torch.Generator().manual_seed(0)
+    image, caption = torch.randint(0, 12, (80,), generator=g), torch.randint(0, 31, (80,), generator=g)
+    for words, scale in (("sum", 1), ("mean", texts.mask.sum(1))):
+        for one in (image, torch.full_like(image, 3)):
+            for other in (caption, torch.full_like(caption, 8)):
+                ours = twostage.local_of_pairs(form(images), form(texts), one, other, words)
+                assert torch.allclose(ours, (want / scale)[one, other], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_in_half_precision_change_scores_by_their_rounding_only(corpus, dtype):
+    images, texts = corpus
+    half = images.to(dtype=dtype), texts.to(dtype=dtype)
+    assert half[0].tokens.dtype == dtype and half[0].globals.dtype == torch.float32
+    exact = {c: s for c, s in zip(*map(torch.flatten, retrieve.search(texts[:1], images, 12, 1.0)), strict=True)}
+    exact = dict(sorted((int(c), float(s)) for c, s in exact.items()))
+    indices, scores = retrieve.search(half[1][:1], half[0], 12, 1.0)
+    rounded = dict(sorted((int(c), float(s)) for c, s in zip(indices[0], scores[0], strict=True)))
+    assert scores.dtype == torch.float32 and exact.keys() == rounded.keys()
+    # at most 7 words, each product of two roundings and rounded once more
+    allowed = 7 * 3 * torch.finfo(dtype).eps
+    assert all(abs(exact[c] - rounded[c]) <= allowed for c in exact)
+    assert torch.allclose(retrieve.local_matrix(*half), retrieve.local_matrix(images, texts), atol=allowed)
+
+
+def test_part_of_the_embeddings(corpus):
+    which = torch.tensor([7, 2, 2])
+    for whole in corpus:
+        part, again = whole[which], packed(whole)[which]
+        assert torch.equal(part.tokens[part.mask], again.tokens) and torch.equal(again.globals, whole.globals[which])
+        assert again.offsets.tolist() == [0, *part.mask.sum(1).cumsum(0).tolist()]
 
 
 def test_one_query_no_corpus_no_tokens(corpus):

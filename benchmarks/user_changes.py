@@ -1,0 +1,82 @@
+"""Train USER with one of this project's changes to the released code undone, to see what each is worth.
+
+    python benchmarks/user_changes.py CHANGE [flags of train.py]      # CHANGE: a name below, or none
+
+Everything else stays as it is. `slots` is a setting (train.py --slots 36) and needs nothing of this.
+"""
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import batching
+import losses
+import train
+import user
+
+
+def count_false_negatives() -> None:
+    """Other captions of a query's image, in the batch and in the queue, are negatives."""
+    user.Queue.no_negatives = lambda self, image_index: (self.owner < 0).expand(len(image_index), -1)
+    uto_batch = losses.uto_batch
+    losses.uto_batch = lambda similarity, mu, gamma, positives: uto_batch(similarity, mu, gamma)
+
+
+def shuffle_captions() -> None:
+    """An epoch is one shuffle of all captions, so that those of an image may stand close together."""
+
+    def shuffled(image_of: np.ndarray, batch_size: int, captions_per_image: int, seed: int, epoch: int) -> list:
+        order = np.random.default_rng([seed, epoch]).permutation(len(image_of)).tolist()
+        return [order[at : at + batch_size] for at in range(0, len(order) - batch_size + 1, batch_size)]
+
+    batching.epoch_batches = shuffled
+
+
+class InTraining(user.MomentumContrast):
+    """Keys as while training: with dropout, by the batch's own statistics; only parameters follow the model."""
+
+    def train(self, mode: bool = True) -> InTraining:
+        return torch.nn.Module.train(self, True)
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        keep = min(self.momentum, 1 - 1 / (int(self.steps) + 1)) if self.warm else self.momentum
+        torch._foreach_lerp_(list(self.encoder.parameters()), list(model.parameters()), 1 - keep)
+        self.steps += 1
+
+
+class FullOfNoise(user.MomentumContrast):
+    """The queues are full of random positive vectors at the start."""
+
+    def __init__(self, *arguments: object, **options: object):
+        super().__init__(*arguments, **options)
+        for queue in (self.image_queue, self.text_queue):
+            queue.keys.copy_(F.normalize(torch.rand_like(queue.keys), dim=1))
+            queue.owner.fill_(2**40)
+
+
+def replace_momentum(by: object) -> None:
+    user.MomentumContrast = by
+
+
+CHANGES = {
+    "none": lambda: None,
+    "false-negatives": count_false_negatives,
+    "shuffle": shuffle_captions,
+    "shuffle+false-negatives": lambda: (shuffle_captions(), count_false_negatives()),
+    "keys-in-training": lambda: replace_momentum(InTraining),
+    "cold-momentum": lambda: replace_momentum(functools.partial(user.MomentumContrast, warm=False)),
+    "full-queue": lambda: replace_momentum(FullOfNoise),
+}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in CHANGES:
+        sys.exit(f"{__doc__}\nCHANGE: {', '.join(CHANGES)}")
+    CHANGES[sys.argv[1]]()
+    sys.exit(train.main(sys.argv[2:]))

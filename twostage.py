@@ -1,0 +1,214 @@
+"""Two-stage inference: shortlist by the coarse vectors, re-rank by the fine tokens.
+
+Read beside TGDT, the part on two-stage inference. Stage 1 takes dot products of the global embeddings and keeps the
+best K of the corpus; stage 2 sorts those K by the mixed similarity, global + weight x local. Both directions work
+alike: an image is a query for captions, a caption is a query for images. Both stages are exact, and neither makes
+more than a block of its work at a time, whose size follows from the memory that it may use.
+"""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import losses
+
+WIDTH = 2**16  # vectors of the corpus scored together in stage 1
+CHUNK = 1024   # token rows gathered for one matrix product in stage 2: they should fit into a processor's cache
+ANCHOR = 200   # what starting a matrix product costs in stage 2, in token rows gathered
+
+
+@dataclass
+class Embeddings:
+    """N encoded pictures or captions.
+
+    kind: "image" or "text".  globals: [N, D] unit length.
+    tokens: [N, T, D] unit length with mask [N, T] bool, the real ones; or packed, [total, D] with offsets [N + 1] long,
+    item n having tokens[offsets[n] : offsets[n + 1]]; or None for a model without fine tokens. Of any floating type, on
+    any device, or memory-mapped.
+    """
+
+    kind: str
+    globals: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.globals)
+
+    def __getitem__(self, items: slice | Tensor) -> Embeddings:
+        if self.tokens is None:
+            return Embeddings(self.kind, self.globals[items])
+        if self.mask is not None:
+            return Embeddings(self.kind, self.globals[items], self.tokens[items], self.mask[items])
+        which = torch.arange(len(self))[items]
+        return Embeddings(self.kind, self.globals[items], self.tokens[self.rows(which)], None,
+                          cumulated(self.lengths(which)))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Embeddings:
+        """On another device, or with tokens of another type (globals stay float32)."""
+        parts = (None if part is None else part.to(device) for part in (self.mask, self.offsets))
+        tokens = None if self.tokens is None else self.tokens.to(device, dtype)
+        return Embeddings(self.kind, self.globals.to(device), tokens, *parts)
+
+    def lengths(self, items: Tensor) -> Tensor:
+        """How many real tokens each of `items` [n] has; [n] long."""
+        items = items.to(self.tokens.device)
+        return self.mask[items].sum(1) if self.mask is not None else self.offsets[items + 1] - self.offsets[items]
+
+    def rows(self, items: Tensor) -> Tensor:
+        """Where the real tokens of `items` [n] are among all token rows, item after item; [their sum] long."""
+        items = items.to(self.tokens.device)
+        if self.mask is not None:
+            width = self.mask.shape[1]
+            return (items[:, None] * width + torch.arange(width, device=items.device))[self.mask[items]]
+        lengths = self.lengths(items)
+        first = self.offsets[items] - cumulated(lengths)[:-1]
+        return first.repeat_interleave(lengths) + torch.arange(int(lengths.sum()), device=items.device)
+
+    @property
+    def flat(self) -> Tensor:
+        """All token rows, [rows, D]; no copy."""
+        return self.tokens.flatten(0, -2)
+
+
+def cumulated(lengths: Tensor) -> Tensor:
+    """[n] -> [n + 1]: 0, and the sums so far."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def free_memory(device: torch.device | str) -> int:
+    """A quarter of the bytes that are free on `device` now: what a search may use unless it is told."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (ValueError, OSError):  # not every system tells
+        return 2**30
+
+
+# ----------------------------------------------------------------------------------------------------- the search
+
+
+@torch.inference_mode()
+def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight: float = 10.0, words: str = "sum",
+           memory: int | None = None) -> tuple[Tensor, Tensor]:
+    """Two-stage retrieval (TGDT). Returns indices [Q, K] into the corpus and scores [Q, K] float32, best first.
+
+    K is `shortlist`, or the corpus's size if that is smaller. Stage 1 ranks by the global embeddings; stage 2
+    re-ranks by global + weight x local, where `words` is as in `losses.local_similarity`. Without tokens, or with
+    weight 0, stage 1's order stands. `memory`: bytes for what is computed on the way, by default a quarter of what is
+    free. Raises ValueError for an empty corpus or two of one kind.
+    """
+    if len(corpus) == 0:
+        raise ValueError("the corpus is empty: there is nothing to search in")
+    if shortlist < 1:
+        raise ValueError(f"a shortlist holds at least one candidate, not {shortlist}")
+    if queries.kind == corpus.kind:
+        raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one is to be image, the other text")
+    memory = memory or free_memory(queries.globals.device)
+    scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)), memory)
+    if queries.tokens is None or corpus.tokens is None or weight == 0:
+        return indices, scores
+    local = local_of_shortlists(queries, corpus, indices, words, memory)
+    scores, order = (scores + weight * local).sort(dim=1, descending=True, stable=True)
+    return indices.gather(1, order), scores
+
+
+def nearest(queries: Tensor, corpus: Tensor, k: int, memory: int = 2**28) -> tuple[Tensor, Tensor]:
+    """Stage 1: the k largest dot products of each query, [Q, k] scores and [Q, k] indices, best first.
+
+    queries [Q, D], corpus [N, D]. Works in blocks: the [Q, N] matrix never exists.
+    """
+    width = max(k, min(len(corpus), WIDTH))
+    height = max(1, min(1024, memory // (16 * (width + k))))  # scores, and what topk makes of them
+    all_scores, all_indices = [], []
+    for query in queries.split(height):
+        best, index = None, None
+        for start in range(0, len(corpus), width):
+            block = corpus[start : start + width].to(query.device, query.dtype)
+            here, order = (query @ block.T).topk(min(k, len(block)), dim=1)
+            order = order + start
+            if best is not None:  # the best of what came before and of what is here
+                here, order = torch.cat([best, here], 1), torch.cat([index, order], 1)
+                here, place = here.topk(min(k, here.shape[1]), dim=1)
+                order = order.gather(1, place)
+            best, index = here, order
+        all_scores.append(best)
+        all_indices.append(index)
+    return torch.cat(all_scores), torch.cat(all_indices)
+
+
+# ------------------------------------------------------------------------------------------- stage 2, the re-ranking
+
+
+def local_of_shortlists(queries: Embeddings, corpus: Embeddings, indices: Tensor, words: str, memory: int) -> Tensor:
+    """The local similarity of each of Q queries with its own K candidates, [Q, K] float32; indices [Q, K]."""
+    per_pair = 64 * max(1, len(corpus.flat) // len(corpus))  # bytes: an index, a maximum and more, a token
+    height = max(1, memory // (per_pair * indices.shape[1]))
+    out = []
+    for start in range(0, len(queries), height):
+        block = indices[start : start + height]
+        query = torch.arange(start, start + len(block), device=block.device)[:, None].expand_as(block)
+        image, caption = (query, block) if queries.kind == "image" else (block, query)
+        images, texts = (queries, corpus) if queries.kind == "image" else (corpus, queries)
+        out.append(local_of_pairs(images, texts, image.flatten(), caption.flatten(), words).view_as(block))
+    return torch.cat(out)
+
+
+def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption: Tensor, words: str = "sum") -> Tensor:
+    """The local similarity of P pairs, image [P] and caption [P] as rows; [P] float32 (TGDT, local similarity).
+
+    Pairs that share an image are scored together: the words of their captions are gathered and multiplied with the
+    image's regions, so that the work is one matrix product an image. Or the other way round, the regions of many images
+    with the words of one caption, where that gathers less: for a single query on either side there is a single product.
+    """
+    regions, spoken = images.lengths(image), texts.lengths(caption)
+    by_image = spoken.sum() + ANCHOR * len(image.unique()) <= regions.sum() + ANCHOR * len(caption.unique())
+    anchor, order = (image if by_image else caption).sort(stable=True)
+    still, moving, mover = (images, texts, caption) if by_image else (texts, images, image)
+    rows, lengths = moving.rows(mover[order]), moving.lengths(mover[order])
+    ends, step = cumulated(lengths).tolist(), max(1, CHUNK * len(lengths) // max(1, len(rows)))
+    who, count = anchor.unique_consecutive(return_counts=True)
+    best = torch.empty(len(rows) if by_image else len(anchor), device=image.device)
+    for item, after, n in zip(who, count.cumsum(0).tolist(), count.tolist(), strict=True):
+        fixed = still.flat[still.rows(item[None])].to(image.device)                             # [t, D]
+        for first in range(after - n, after, step):
+            last = min(first + step, after)
+            gathered = moving.flat[rows[ends[first] : ends[last]]].to(image.device, fixed.dtype)
+            dots = fixed @ gathered.T                                                           # [t, n]
+            if by_image:
+                best[ends[first] : ends[last]] = dots.amax(0)                                   # of each word
+            else:
+                best[first:last] = segment_max(dots, lengths[first:last]).sum(0)                # of each image
+    if by_image:
+        best = torch.segment_reduce(best, "sum", lengths=lengths.to(best.device))
+    scores = torch.empty_like(best).index_copy(0, order, best)
+    return scores if words == "sum" else scores / spoken.clamp(min=1).to(scores.device)
+
+
+def segment_max(dots: Tensor, lengths: Tensor) -> Tensor:
+    """[t, n] -> [t, p] float32: the maximum over each of p segments of the columns, of the lengths given."""
+    if (lengths == lengths[0]).all():
+        return dots.view(len(dots), len(lengths), -1).amax(2).float()
+    return torch.segment_reduce(dots.T.float().contiguous(), "max", lengths=lengths.to(dots.device), axis=0).T
+
+
+@torch.inference_mode()
+def local_matrix(images: Embeddings, texts: Embeddings, words: str = "sum", memory: int | None = None) -> Tensor:
+    """The local similarity of every image with every caption, [images, captions], in blocks of captions.
+
+    Padded tokens. `memory`: bytes for what is computed on the way, by default a quarter of what is free.
+    """
+    memory = memory or free_memory(images.globals.device)
+    step = max(1, min(256, memory // (12 * images.mask.numel() * texts.mask.shape[1])))
+    starts = tqdm(range(0, len(texts), step), desc="exhaustive local", unit="block", leave=False, delay=2)
+    return torch.cat([
+        losses.local_similarity(
+            images.tokens, images.mask, texts.tokens[at : at + step], texts.mask[at : at + step], words)
+        for at in starts
+    ], 1)
