@@ -136,6 +136,24 @@ def alignment(split: data.Split, row: int, words: list[str], dots: np.ndarray, b
     save(figure, path)
 
 
+def shortlists(lines: list[dict], result: dict, path: Path) -> None:
+    """Recall and time against the length of the shortlist; `lines` as from `measure.shortlists`."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    lengths = [line["k"] for line in lines]
+    for axis, name, title in ((left, "rsum", "rsum, at most 600"), (right, "seconds", "seconds, both directions")):
+        axis.plot(lengths, [line[name] for line in lines], ".-", color="black", label="two-stage")
+        axis.set(xlabel="K, length of the shortlist", title=title, xscale="log", xticks=lengths, xticklabels=lengths)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    for stage, style, label in (("global", ":", "global only"), ("mixed", "--", "exhaustive mixed")):
+        left.axhline(result[stage]["rsum"], color=QUIET, linestyle=style, label=label)
+    right.axhline(result["seconds"]["mixed"], color=QUIET, linestyle="--", label="exhaustive mixed")
+    right.set_ylim(0, None)
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
 def guided(split: data.Split, row: int, attention: np.ndarray, boxes: np.ndarray, path: Path) -> None:
     """Which regions of an image the guide strengthens, and by how much: attention [R], boxes [R, 4] in 0..1."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), width_ratios=[1, 1.6])

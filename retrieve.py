@@ -1,19 +1,18 @@
-"""Retrieval: encode, search in two stages, count recall.
+"""Retrieval, from the command line: measure a trained run, make an index of a corpus, search either.
 
-Read beside TGDT, the part on inference, and both papers' experiments. What two stages are stands in `twostage.py`, what
-recall is in `recall.py`; here trained models meet both, and the command line.
+    python retrieve.py evaluate RUN                       recall of a trained run, both directions
+    python retrieve.py index    RUN --out INDEX           encode a split once, to be searched again and again
+    python retrieve.py search   RUN_OR_INDEX "a red ring" the pictures that fit a caption best
+    python retrieve.py search   RUN_OR_INDEX --image FILE the captions that fit a picture best
 
-    python retrieve.py evaluate RUN                    recall of a trained run, both directions
-    python retrieve.py search   RUN "a red ring"       the pictures that fit a caption best
-    python retrieve.py search   RUN --image FILE       the captions that fit a picture best
+What happens underneath stands in `twostage.py` (TGDT, two-stage inference), `measure.py` and `recall.py` (both papers'
+experiments), and `index.py`; what others call of them can be had from here.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import sys
-import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,242 +20,196 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 from transformers import BertTokenizer
 
 import batching
 import clip_guide
 import data
 import figures
+import index as indices_on_disk
 import regions
 import run as runs
 from data import BadInput
-from recall import alignment, metrics, ranks, recall, shortlist_ranks
+from measure import autocast, encode, evaluate, final, five_folds, measure, shortlists, table
+from recall import recall
 from twostage import Embeddings, local_matrix, search
 
-# ------------------------------------------------------------------------------------------------------- encode
+__all__ = ["Embeddings", "autocast", "encode", "evaluate", "final", "five_folds", "local_matrix", "measure", "recall",
+           "search", "table"]
 
-
-@torch.inference_mode()
-def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind: str, count: int,
-           device: torch.device | str = "cpu", precision: str = "float32") -> Embeddings:
-    """Encode all pictures or all captions once; `batches` as from `batching.image_batches` or `batching.text_batches`.
-
-    kind is "image" or "text", count the number of rows over all batches, precision "float32" or "bfloat16" (the
-    network's; what comes back is float32). A batch's `image_index` or `caption_index` says where its rows go.
-    """
-    model.eval()
-    encode_batch, key = {"image": (model.encode_images, "image_index"), "text": (model.encode_texts, "caption_index")}[
-        kind]
-    done, rows = [], []
-    bar = tqdm(total=count, desc=f"encode {kind}s", unit=kind, leave=False, delay=2)
-    for batch in batches:
-        batch = {name: value.to(device) for name, value in batch.items()}
-        with autocast(device, precision):
-            encoded = encode_batch(batch)
-        done.append(Embeddings(kind, encoded.globals.float(), encoded.tokens, encoded.mask))
-        rows.append(batch[key])
-        bar.update(len(batch[key]))
-    bar.close()
-    globals_ = done[0].globals.new_empty(count, done[0].globals.shape[1])
-    tokens = mask = None
-    if done[0].tokens is not None:
-        longest = max(part.tokens.shape[1] for part in done)
-        tokens = globals_.new_zeros(count, longest, done[0].tokens.shape[2])
-        mask = torch.zeros(count, longest, dtype=torch.bool, device=globals_.device)
-    for part, row in zip(done, rows, strict=True):
-        globals_[row] = part.globals
-        if tokens is not None:
-            tokens[row, : part.tokens.shape[1]] = part.tokens.float()
-            mask[row, : part.mask.shape[1]] = part.mask
-    return Embeddings(kind, globals_, tokens, mask)
-
-
-def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractContextManager:
-    """Mixed precision on `device` when precision is "bfloat16", nothing when it is "float32"."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-# ----------------------------------------------------------------------------------------------------- evaluate
-
-
-@torch.inference_mode()
-def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist: tuple[int, int] = (50, 100),
-             weight: float = 10.0, words: str = "sum", exhaustive: bool = True) -> dict:
-    """Global only, exhaustive local, two-stage, and the mixed similarity without a shortlist: the metrics of each.
-
-    image_of [captions] long. shortlist: captions for an image, images for a caption. `exhaustive=False` leaves out
-    what needs every local similarity. Without tokens there is only "global". "seconds" says how long each took.
-    """
-    image_of = torch.as_tensor(image_of, device=images.globals.device)
-    rows = torch.arange(len(images), device=images.globals.device)
-    out, seconds, clock = {}, {}, Clock(images.globals.device)
-
-    dots = images.globals @ texts.globals.T
-    i2t, t2i = ranks(dots, rows, image_of), ranks(dots.T, image_of, rows)
-    out["global"], seconds["global"] = metrics(i2t, t2i), clock.lap()
-    if images.tokens is None:
-        return {**out, "seconds": seconds}
-    if exhaustive:
-        local = local_matrix(images, texts, words)
-        out["local"], seconds["local"] = recall(local, image_of), clock.lap()
-    after_i2t = shortlist_ranks(*search(images, texts, shortlist[0], weight, words), rows, image_of, i2t)
-    after_t2i = shortlist_ranks(*search(texts, images, shortlist[1], weight, words), image_of, rows, t2i)
-    out["two_stage"], seconds["two_stage"] = metrics(after_i2t, after_t2i), clock.lap()
-    if exhaustive:
-        out["mixed"], seconds["mixed"] = recall(dots + weight * local, image_of), clock.lap() + seconds["local"]
-    return {**out, "seconds": seconds}
-
-
-def final(result: dict) -> dict:
-    """The metrics by which a run is judged: two-stage, or global for a model without fine tokens."""
-    return result.get("two_stage", result["global"])
-
-
-def five_folds(images: Embeddings, texts: Embeddings, image_of: Tensor, **options: object) -> dict:
-    """COCO's 1K protocol: the mean of the metrics over five folds of a fifth of the images each."""
-    image_of = torch.as_tensor(image_of, device=images.globals.device)
-    size, folds = len(images) // 5, []
-    for fold in range(5):
-        keep = image_of.div(size, rounding_mode="floor") == fold
-        folds.append(evaluate(images[fold * size : (fold + 1) * size], texts[keep], image_of[keep] - fold * size,
-                              **options))
-    return mean_of(folds)
-
-
-def mean_of(results: list[dict]) -> dict:
-    """Dictionaries of one shape -> their mean, number by number."""
-    first = results[0]
-    return {key: mean_of([r[key] for r in results]) if isinstance(first[key], dict)
-            else sum(r[key] for r in results) / len(results) for key in first}
-
-
-class Clock:
-    """Seconds since the last lap, with the device's queue waited for."""
-
-    def __init__(self, device: torch.device | str):
-        self.device, self.last = torch.device(device), time.perf_counter()
-
-    def lap(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
-
-
-# -------------------------------------------------------------------------------------------- the command line
-
-
-def measure(model: torch.nn.Module, split: data.Split, words: batching.Words, settings: runs.Settings,
-            device: torch.device | str, precision: str, exhaustive: bool = True,
-            ) -> tuple[dict, Embeddings, Embeddings]:
-    """Encode a split and evaluate it: the metrics (see `evaluate`), its pictures and its captions encoded."""
-    clock = Clock(device)
-    images = encode(model, batching.image_batches(split, 128), "image", len(split.features), device, precision)
-    texts = encode(model, batching.text_batches(words, 256), "text", len(split.captions), device, precision)
-    seconds = clock.lap()
-    options = dict(shortlist=settings.shortlist, weight=settings.local_weight, words=settings.words)
-    result = evaluate(images, texts, split.image_of, exhaustive=exhaustive, **options)
-    result["seconds"]["encode"] = seconds
-    if settings.dataset == "coco" and exhaustive and len(images) == 5000:
-        result["folds_1k"] = five_folds(images, texts, split.image_of, **options)
-    if split.truth is not None and exhaustive and texts.tokens is not None:
-        result["alignment"] = alignment(
-            texts.tokens, images.tokens, split.image_of, split.truth.boxes, split.truth.object_boxes,
-            split.truth.word_objects)
-    return {"split": split.name, "images": len(images), "captions": len(texts), **result}, images, texts
-
-
-NAMES = {"global": "global only", "local": "exhaustive local", "two_stage": "two-stage", "mixed": "exhaustive mixed"}
-
-
-def table(result: dict) -> str:
-    """The metrics of `measure` as text: a line a way of searching, both directions, and the seconds each took."""
-    lines = [f"{result['split']}: {result['images']} images, {result['captions']} captions, "
-             f"encoded in {result['seconds']['encode']:.1f} s"]
-    for title, part in (("", result), ("mean of five folds of 1K", result.get("folds_1k"))):
-        if part is None:
-            continue
-        lines += [title] if title else []
-        lines.append(f"{'':18}{'image to text':^24}{'text to image':^24}")
-        lines.append(f"{'':18}" + f"{'R@1':>6}{'R@5':>6}{'R@10':>6}{'med':>5} " * 2 + f"{'rsum':>7}{'seconds':>9}")
-        for key, name in NAMES.items():
-            if key in part:
-                row = "".join("".join(f"{part[key][way][r]:6.1f}" for r in ("r1", "r5", "r10"))
-                              + f"{part[key][way]['median_rank']:5.0f} " for way in ("i2t", "t2i"))
-                lines.append(f"{name:18}{row}{part[key]['rsum']:7.1f}{part['seconds'][key]:9.2f}")
-    if "alignment" in result:
-        a = result["alignment"]
-        lines.append(f"alignment: {a['aligned']:.1f} % of {a['words']} words that name an object look at it "
-                     f"(chance {a['chance']:.1f} %)")
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------------------------- what is opened
 
 
 @dataclass
 class Opened:
-    """A run and a split to search."""
+    """A run, and a split of its data or another dataset's."""
 
     settings: runs.Settings
     model: torch.nn.Module
     device: torch.device
     precision: str
-    split: data.Split
-    words: batching.Words
     tokenizer: BertTokenizer
     clip: clip_guide.Clip | None  # of a run with --guide clip
+    split: data.Split | None
+    words: batching.Words | None
+
+    def texts(self, captions: list[str]) -> Embeddings:
+        """Captions as written -> their embeddings."""
+        words = batching.tokenize(captions, self.tokenizer, self.settings.longest)
+        return self.encode(batching.text_batches(words, 256), "text", len(captions))
+
+    def side(self, kind: str) -> Embeddings:
+        """All pictures or all captions of the split."""
+        if kind == "image":
+            return self.encode(batching.image_batches(self.split, 128), "image", len(self.split.features))
+        return self.encode(batching.text_batches(self.words, 256), "text", len(self.split.captions))
+
+    def encode(self, batches, kind: str, count: int) -> Embeddings:
+        return encode(self.model, batches, kind, count, self.device, self.precision)
 
 
-def open_split(args: argparse.Namespace) -> Opened:
-    """What the command line names. Raises BadInput when the run, the data or the CLIP are not there or do not fit."""
-    settings, checkpoint, model, tokenizer = runs.open_run(args.run)
-    device, precision = runs.resolve(args.device, settings.precision)
-    root = args.data_root or (Path(settings.data_root) if settings.data_root else None)
-    splits = data.load(settings.dataset, root, (args.split,) if args.split else ("test", "val"))
-    if args.split and args.split not in splits:
-        raise BadInput(f"{root}: {settings.dataset} has no {args.split} split here")
-    split = splits[args.split] if args.split else splits.get("test", splits.get("val"))
+def open_run(folder: Path, device: str, split: str | None, data_root: Path | None, with_data: bool = True) -> Opened:
+    """A run and, if wanted, a split. Raises BadInput when the run, the data or the CLIP are not there or do not fit."""
+    settings, checkpoint, model, tokenizer = runs.open_run(folder)
+    device, precision = runs.resolve(device, settings.precision)
     clip = clip_guide.Clip(settings.clip_model, device) if settings.guide == "clip" else None
-    runs.check_widths(args.run, checkpoint, split.features.dim, clip.dim if clip else 0)
-    if clip:
-        clip_guide.attach({split.name: split}, clip, [*([root] if root else []), args.run])
-    words = batching.tokenize(split.captions, tokenizer, settings.longest)
-    return Opened(settings, model.to(device), device, precision, split, words, tokenizer, clip)
+    run = Opened(settings, model.to(device), device, precision, tokenizer, clip, None, None)
+    if with_data:
+        root = data_root or (Path(settings.data_root) if settings.data_root else None)
+        splits = data.load(settings.dataset, root, (split,) if split else ("test", "val"))
+        if split and split not in splits:
+            raise BadInput(f"{root}: {settings.dataset} has no {split} split here")
+        run.split = splits[split] if split else splits.get("test", splits.get("val"))
+        runs.check_widths(folder, checkpoint, run.split.features.dim, clip.dim if clip else 0)
+        if clip:
+            clip_guide.attach({run.split.name: run.split}, clip, [*([root] if root else []), folder])
+        run.words = batching.tokenize(run.split.captions, tokenizer, settings.longest)
+    return run
+
+
+def best_checkpoint(folder: Path) -> Path:
+    return folder / "best.pt" if (folder / "best.pt").is_file() else folder / "checkpoint.pt"
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    run = open_split(args)
-    print(table(measure(run.model, run.split, run.words, run.settings, run.device, run.precision)[0]))
+    run = open_run(args.run, args.device, args.split, args.data_root)
+    result, images, texts = measure(run.model, run.split, run.words, run.settings, run.device, run.precision)
+    print(table(result))
+    if args.shortlist:
+        if texts.tokens is None:
+            raise BadInput(f"--shortlist: {args.run} has no fine tokens to re-rank by")
+        lines = shortlists(images, texts, run.split.image_of, args.shortlist, run.settings.local_weight,
+                           run.settings.words, args.memory)
+        print("\n    K   R@1 i2t   R@1 t2i      rsum   seconds")
+        for line in lines:
+            print(f"{line['k']:5d}{line['i2t']['r1']:10.1f}{line['t2i']['r1']:10.1f}{line['rsum']:10.1f}"
+                  f"{line['seconds']:10.2f}")
+        path = args.save or args.run / "shortlist.png"
+        figures.shortlists(lines, result, path)
+        print(f"picture: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------- index
+
+
+def run_index(args: argparse.Namespace) -> None:
+    run = open_run(args.run, args.device, args.split, args.data_root)
+    split, settings = run.split, run.settings
+    root = args.data_root or settings.data_root
+    identity = {"checkpoint": indices_on_disk.checkpoint_hash(best_checkpoint(args.run)),
+                "run": str(args.run.resolve()), "dataset": settings.dataset, "split": split.name, "dtype": args.dtype,
+                "data": str(Path(root).resolve()) if root else None, "dim": settings.dim,
+                "tokens": settings.model != "user"}
+
+    def encode_items(kind: str, items: np.ndarray) -> Embeddings:
+        if kind == "text":
+            return run.encode(batching.text_batches(run.words.take(items), 256), "text", len(items))
+        batches = ({**batching.image_side(split, part), "image_index": torch.from_numpy(part - items[0])}
+                   for part in np.array_split(items, -(-len(items) // 128)))
+        return run.encode(batches, "image", len(items))
+
+    names = {"images": split.image_names, "captions": split.captions, "image_of": split.image_of.tolist()}
+    counts = {"image": len(split.features), "text": len(split.captions)}
+    manifest = indices_on_disk.build(args.out, identity, counts, encode_items, names, args.faiss)
+    for kind, found in manifest["faiss"].items():
+        print(f"FAISS finds {100 * found:.1f} % of the 100 {kind}s that are nearest")
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    print(f"index of {counts['image']} images and {counts['text']} captions, {size / 1e6:.1f} MB: {args.out}")
+
+
+# --------------------------------------------------------------------------------------------------------- search
 
 
 def run_search(args: argparse.Namespace) -> None:
-    if args.caption is not None and not args.caption.strip():
-        raise BadInput("the caption is empty")
+    captions = check_search(args)
+    an_index = indices_on_disk.is_index(args.run)
+    index = indices_on_disk.load(args.run) if an_index else None
+    folder = args.run if not an_index else args.from_run or Path(index.manifest["run"])
+    if an_index:
+        found = indices_on_disk.checkpoint_hash(best_checkpoint(folder)) if best_checkpoint(folder).is_file() else None
+        if found != index.manifest["checkpoint"]:
+            raise BadInput(f"{args.run} was made with another checkpoint than {best_checkpoint(folder)} "
+                           f"{'is now' if found else '(which is not there)'}: make the index anew, or give --from-run")
+    with_data = not an_index or args.image is not None or args.save is not None
+    run = open_run(folder, args.device, index.manifest["split"] if an_index else args.split, args.data_root, with_data)
+    if args.image is None:
+        query, picture, wanted, k = run.texts(captions), None, "image", run.settings.images_shortlist
+    else:
+        batch, picture = picture_query(run, args.image)
+        query, wanted, k = run.encode([batch], "image", 1), "text", run.settings.captions_shortlist
+    if an_index:
+        corpus = index.images if wanted == "image" else index.texts
+        names = index.names["images" if wanted == "image" else "captions"]
+    else:
+        corpus, names = run.side(wanted), run.split.image_names if wanted == "image" else run.split.captions
+    weight = run.settings.local_weight
+    indices, scores = search(query, corpus, max(k, args.top), weight, run.settings.words, args.memory)
+    indices, scores = indices[:, : args.top].cpu(), scores[:, : args.top].cpu()
+    coarse = (query.globals.cpu()[:, None] * corpus.globals[indices.to(corpus.globals.device)].cpu()).sum(2)
+    fine = ((scores - coarse) / weight) if weight else torch.zeros_like(scores)
+    answers = [{"query": text, "found": [
+        {"name": names[row], "row": row, "score": score, "global": a, "local": b}
+        for row, score, a, b in zip(*(part[place].tolist() for part in (indices, scores, coarse, fine)), strict=True)]}
+        for place, text in enumerate(captions if args.image is None else [args.image])]
+    show(answers, args.json, corpus.tokens is not None)
+    if args.save:
+        if args.image is None:
+            figures.found_images(run.split, captions[0], indices[0].tolist(), args.save)
+        else:
+            figures.found_captions(picture, [names[i] for i in indices[0].tolist()], args.save)
+        print(f"picture: {args.save}", file=sys.stderr if args.json else sys.stdout)
+
+
+def check_search(args: argparse.Namespace) -> list[str]:
+    """The captions asked for. Raises BadInput for what cannot be asked."""
     if args.top < 1:
         raise BadInput(f"--top {args.top}: expected at least 1")
     if args.save and args.save.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise BadInput(f"--save {args.save}: expected a name that ends in .png, .jpg, .pdf or .svg")
-    run = open_split(args)
-    settings, split, model, how = run.settings, run.split, run.model, (run.device, run.precision)
-    if args.caption is not None:
-        asked = batching.tokenize([args.caption], run.tokenizer, settings.longest)
-        query = encode(model, batching.text_batches(asked, 1), "text", 1, *how)
-        corpus = encode(model, batching.image_batches(split, 128), "image", len(split.features), *how)
-        names, k = split.image_names, settings.images_shortlist
-    else:
-        batch, picture = picture_query(run, args.image)
-        query = encode(model, [batch], "image", 1, *how)
-        corpus = encode(model, batching.text_batches(run.words, 256), "text", len(split.captions), *how)
-        names, k = split.captions, settings.captions_shortlist
-    indices, scores = search(query, corpus, max(k, args.top), settings.local_weight, settings.words)
-    indices, scores = indices[0, : args.top].tolist(), scores[0, : args.top].tolist()
-    for place, (index, score) in enumerate(zip(indices, scores, strict=True), 1):
-        print(f"{place:3d}  {score:8.3f}  {names[index]}")
-    if args.save:
-        if args.caption is not None:
-            figures.found_images(split, args.caption, indices, args.save)
-        else:
-            figures.found_captions(picture, [names[i] for i in indices], args.save)
-        print(f"picture: {args.save}")
+    if args.queries:
+        if args.save:
+            raise BadInput("--save draws one query, --queries has many")
+        return data.read_captions(args.queries)
+    if args.caption is not None and not args.caption.strip():
+        raise BadInput("the caption is empty")
+    return [args.caption]
+
+
+def show(answers: list[dict], as_json: bool, fine: bool) -> None:
+    """A line of JSON a query, or a table a query: the score and what it is made of."""
+    for answer in answers:
+        if as_json:
+            print(json.dumps(answer, ensure_ascii=False))
+            continue
+        if len(answers) > 1:
+            print(f"\n{answer['query']}")
+        print(f"  #{'score':>9}{'global':>9}{'local':>9}" if fine else f"  #{'score':>9}")
+        for place, found in enumerate(answer["found"], 1):
+            parts = f"{found['global']:9.3f}{found['local']:9.3f}" if fine else ""
+            print(f"{place:3d}{found['score']:9.3f}{parts}  {found['name']}")
 
 
 def picture_query(run: Opened, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:
@@ -289,26 +242,61 @@ def picture_query(run: Opened, name: str) -> tuple[dict[str, Tensor], Image.Imag
     return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, split.picture(row)
 
 
+def gigabytes(text: str) -> int:
+    """An option's gigabytes -> bytes."""
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
+    return int(value * 1e9)
+
+
+def lengths(text: str) -> list[int]:
+    """An option's "10,20,50" -> [10, 20, 50]."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return sorted(set(values))
+
+
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = out.add_subparsers(required=True, metavar="evaluate | search")
+    commands = out.add_subparsers(required=True, metavar="evaluate | index | search")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
-    shared.add_argument("--split", choices=("val", "test"), help="which split (default test, val where there is none)")
+    shared.add_argument("--split", choices=("train", "val", "test"),
+                        help="which split (default test, val where there is none)")
     shared.add_argument("--data-root", type=Path, metavar="DIR", help="the data, if no longer where it was trained on")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
+    shared.add_argument("--memory", type=gigabytes, metavar="GB",
+                        help="what a search may use on the way (default a quarter of what is free)")
     one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
                               description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
+    one.add_argument("--shortlist", type=lengths, metavar="K,K,...",
+                     help="two-stage recall and time for these lengths of the shortlist, drawn as a picture")
+    one.add_argument("--save", type=Path, metavar="PICTURE.png", help="that picture (default RUN/shortlist.png)")
     one.set_defaults(command=run_evaluate)
-    two = commands.add_parser("search", parents=[shared], help="find pictures by a caption, or captions by a picture",
-                              description="Search a split with your own words, or with a picture.")
-    query = two.add_mutually_exclusive_group(required=True)
+    two = commands.add_parser("index", parents=[shared], help="encode a split once, to be searched again and again",
+                              description="Write an index: all pictures and captions of a split, encoded.")
+    two.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
+    two.add_argument("--out", type=Path, metavar="INDEX", required=True, help="the index, a folder")
+    two.add_argument("--dtype", choices=tuple(indices_on_disk.DTYPES), default="float16",
+                     help="how tokens are stored (default float16)")
+    two.add_argument("--faiss", choices=("auto", "always", "never"), default="auto",
+                     help="an approximate stage 1 by FAISS (auto: beyond a million vectors)")
+    two.set_defaults(command=run_index)
+    three = commands.add_parser("search", parents=[shared], help="find pictures by a caption, or captions by a picture",
+                                description="Search a split or an index with your own words, or with a picture.")
+    three.add_argument("run", type=Path, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
+    query = three.add_mutually_exclusive_group(required=True)
     query.add_argument("caption", nargs="?", help="a caption to find pictures for")
+    query.add_argument("--queries", type=Path, metavar="FILE", help="a file of captions, one a line")
     query.add_argument("--image", metavar="FILE",
                        help="a picture to find captions for: one of the split's, by name or row; on scenes any file")
-    two.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
-    two.add_argument("--save", type=Path, metavar="PICTURE.png", help="draw what was found")
-    two.set_defaults(command=run_search)
+    three.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
+    three.add_argument("--json", action="store_true", help="a line of JSON a query, for programs")
+    three.add_argument("--save", type=Path, metavar="PICTURE.png", help="draw what was found")
+    three.add_argument("--from-run", type=Path, metavar="RUN", help="the index's run, if no longer where it was")
+    three.set_defaults(command=run_search)
     return out
 
 

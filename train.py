@@ -38,6 +38,7 @@ import clip_guide
 import data
 import figures
 import losses
+import measure
 import retrieve
 import run as runs
 import tgdt
@@ -90,7 +91,7 @@ def encode_pairs(model: torch.nn.Module, batch: dict, precision: str) -> tuple[t
     device = batch["regions"].device
     # PyTorch's fused attention for processors has a slow backward pass: plain matrix products take half its time.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with retrieve.autocast(device, precision), attention:
+    with measure.autocast(device, precision), attention:
         return model.encode_images(batch), encode_by_length(model, batch, 1 if device.type == "cuda" else 2)
 
 
@@ -251,7 +252,7 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
                 tqdm.write(f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with --resume --out {out}")
                 return {}
             state.epoch, state.step = state.epoch + 1, 0
-            val = retrieve.measure(model, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
+            val = measure.measure(model, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
             close_epoch(state, val, per_epoch, time.perf_counter() - started, out)
 
     settings, _, model, tokenizer = runs.open_run(out)
@@ -302,7 +303,7 @@ def train_epoch(state: State, loader: DataLoader, per_epoch: int, precision: str
 
 def close_epoch(state: State, val: dict, per_epoch: int, seconds: float, out: Path) -> None:
     """Write down an epoch that is over: a line of history, the curves, both checkpoints."""
-    settings, final = state.settings, retrieve.final(val)
+    settings, final = state.settings, measure.final(val)
     stages = [name for name in ("global", "two_stage") if name in val]
     state.history.append({
         "epoch": state.epoch, "loss": state.total / state.count,
@@ -311,7 +312,7 @@ def close_epoch(state: State, val: dict, per_epoch: int, seconds: float, out: Pa
     if settings.model != "user":
         state.history[-1]["negatives"] = "mean" if state.epoch <= settings.easy_epochs else "hardest"
     state.total, state.count = 0.0, 0
-    best = final["rsum"] >= max(retrieve.final(line["val"])["rsum"] for line in state.history)
+    best = final["rsum"] >= max(measure.final(line["val"])["rsum"] for line in state.history)
     if best:
         state.save_best(out / "best.pt")
     state.save(out / "checkpoint.pt")
@@ -332,9 +333,9 @@ def report(model: torch.nn.Module, splits: dict, words: dict, tokenizer: BertTok
     split = splits[name]
     if name == "val":
         print(f"{settings.dataset} has no test split here: the figures are those of val, which chose the checkpoint")
-    result, images, texts = retrieve.measure(model, split, words[name], settings, device, precision)
+    result, images, texts = measure.measure(model, split, words[name], settings, device, precision)
     runs.write_json(out / "metrics.json", result)
-    print(retrieve.table(result))
+    print(measure.table(result))
     draw(model, split, images, texts, words[name], tokenizer, settings, out)
     print(f"run folder: {out}")
     return result

@@ -28,7 +28,7 @@ class Embeddings:
     kind: "image" or "text".  globals: [N, D] unit length.
     tokens: [N, T, D] unit length with mask [N, T] bool, the real ones; or packed, [total, D] with offsets [N + 1] long,
     item n having tokens[offsets[n] : offsets[n + 1]]; or None for a model without fine tokens. Of any floating type, on
-    any device, or memory-mapped.
+    any device, or memory-mapped. graph: a FAISS index of the globals, which then does stage 1 (see `index.py`).
     """
 
     kind: str
@@ -36,6 +36,7 @@ class Embeddings:
     tokens: Tensor | None = None
     mask: Tensor | None = None
     offsets: Tensor | None = None
+    graph: object | None = None
 
     def __len__(self) -> int:
         return len(self.globals)
@@ -111,12 +112,21 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
     if queries.kind == corpus.kind:
         raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one is to be image, the other text")
     memory = memory or free_memory(queries.globals.device)
-    scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)), memory)
+    scores, indices = first_stage(queries.globals, corpus, min(shortlist, len(corpus)), memory)
     if queries.tokens is None or corpus.tokens is None or weight == 0:
         return indices, scores
     local = local_of_shortlists(queries, corpus, indices, words, memory)
     scores, order = (scores + weight * local).sort(dim=1, descending=True, stable=True)
     return indices.gather(1, order), scores
+
+
+def first_stage(queries: Tensor, corpus: Embeddings, k: int, memory: int) -> tuple[Tensor, Tensor]:
+    """The k best by the global embeddings, [Q, k] scores and indices: exact, or as FAISS finds them."""
+    if corpus.graph is not None:
+        scores, indices = map(torch.from_numpy, corpus.graph.search(queries.cpu().numpy(), k))
+        if (indices >= 0).all():  # it may find fewer than k
+            return scores.to(queries.device), indices.to(queries.device)
+    return nearest(queries, corpus.globals, k, memory)
 
 
 def nearest(queries: Tensor, corpus: Tensor, k: int, memory: int = 2**28) -> tuple[Tensor, Tensor]:
