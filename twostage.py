@@ -184,28 +184,41 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
     rows, lengths = moving.rows(mover[order]), moving.lengths(mover[order])
     ends, step = cumulated(lengths).tolist(), max(1, CHUNK * len(lengths) // max(1, len(rows)))
     who, count = anchor.unique_consecutive(return_counts=True)
+    kept, parts = still.rows(who), still.lengths(who).tolist()
+    gather = Gather(moving.flat, image.device)
     best = torch.empty(len(rows) if by_image else len(anchor), device=image.device)
-    for item, after, n in zip(who, count.cumsum(0).tolist(), count.tolist(), strict=True):
-        fixed = still.flat[still.rows(item[None])].to(image.device)                             # [t, D]
+    for own, after, n in zip(kept.split(parts), count.cumsum(0).tolist(), count.tolist(), strict=True):
+        fixed = still.flat.index_select(0, own).to(image.device, moving.tokens.dtype)            # [t, D]
         for first in range(after - n, after, step):
             last = min(first + step, after)
-            gathered = moving.flat[rows[ends[first] : ends[last]]].to(image.device, fixed.dtype)
-            dots = fixed @ gathered.T                                                           # [t, n]
+            dots = gather(rows[ends[first] : ends[last]]) @ fixed.T                              # [n, t]
             if by_image:
-                best[ends[first] : ends[last]] = dots.amax(0)                                   # of each word
+                best[ends[first] : ends[last]] = dots.amax(1)                                    # of each word
             else:
-                best[first:last] = segment_max(dots, lengths[first:last]).sum(0)                # of each image
+                best[first:last] = segment_max(dots, lengths[first:last]).sum(1)                 # of each image
     if by_image:
         best = torch.segment_reduce(best, "sum", lengths=lengths.to(best.device))
     scores = torch.empty_like(best).index_copy(0, order, best)
     return scores if words == "sum" else scores / spoken.clamp(min=1).to(scores.device)
 
 
+class Gather:
+    """Rows of `tokens` on `device`, brought together in one piece of memory that is used again and again."""
+
+    def __init__(self, tokens: Tensor, device: torch.device):
+        self.tokens, self.device, self.room = tokens, device, tokens.new_empty(0, tokens.shape[1])
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if len(rows) > len(self.room):
+            self.room = self.tokens.new_empty(len(rows), self.tokens.shape[1])
+        return torch.index_select(self.tokens, 0, rows, out=self.room[: len(rows)]).to(self.device)
+
+
 def segment_max(dots: Tensor, lengths: Tensor) -> Tensor:
-    """[t, n] -> [t, p] float32: the maximum over each of p segments of the columns, of the lengths given."""
+    """[n, t] -> [p, t] float32: the maximum over each of p segments of the rows, of the lengths given."""
     if (lengths == lengths[0]).all():
-        return dots.view(len(dots), len(lengths), -1).amax(2).float()
-    return torch.segment_reduce(dots.T.float().contiguous(), "max", lengths=lengths.to(dots.device), axis=0).T
+        return dots.view(len(lengths), -1, dots.shape[1]).amax(1).float()
+    return torch.segment_reduce(dots.float(), "max", lengths=lengths.to(dots.device), axis=0)
 
 
 @torch.inference_mode()
