@@ -67,7 +67,7 @@ def autocast(device: torch.device | str, precision: str) -> contextlib.AbstractC
 
 @torch.inference_mode()
 def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist: tuple[int, int] = (50, 100),
-             weight: float = 10.0, words: str = "sum", exhaustive: bool = True) -> dict:
+             weight: float = 10.0, words: str = "sum", exhaustive: bool = True, memory: int | None = None) -> dict:
     """Global only, exhaustive local, two-stage, and the mixed similarity without a shortlist: the metrics of each.
 
     image_of [captions] long. shortlist: captions for an image, images for a caption. `exhaustive=False` leaves out
@@ -83,10 +83,10 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     if images.tokens is None:
         return {**out, "seconds": seconds}
     if exhaustive:
-        local = local_matrix(images, texts, words)
+        local = local_matrix(images, texts, words, memory)
         out["local"], seconds["local"] = recall(local, image_of), clock.lap()
-    after_i2t = shortlist_ranks(*search(images, texts, shortlist[0], weight, words), rows, image_of, i2t)
-    after_t2i = shortlist_ranks(*search(texts, images, shortlist[1], weight, words), image_of, rows, t2i)
+    after_i2t = shortlist_ranks(*search(images, texts, shortlist[0], weight, words, memory), rows, image_of, i2t)
+    after_t2i = shortlist_ranks(*search(texts, images, shortlist[1], weight, words, memory), image_of, rows, t2i)
     out["two_stage"], seconds["two_stage"] = metrics(after_i2t, after_t2i), clock.lap()
     if exhaustive:
         out["mixed"], seconds["mixed"] = recall(dots + weight * local, image_of), clock.lap() + seconds["local"]
@@ -150,14 +150,18 @@ class Clock:
 
 
 def measure(model: torch.nn.Module, split: data.Split, words: batching.Words, settings: runs.Settings,
-            device: torch.device | str, precision: str, exhaustive: bool = True,
-            ) -> tuple[dict, Embeddings, Embeddings]:
-    """Encode a split and evaluate it: the metrics (see `evaluate`), its pictures and its captions encoded."""
+            device: torch.device | str, precision: str, exhaustive: bool = True, dtype: torch.dtype | None = None,
+            memory: int | None = None) -> tuple[dict, Embeddings, Embeddings]:
+    """Encode a split and evaluate it: the metrics (see `evaluate`), its pictures and its captions encoded.
+
+    dtype: how tokens are stored while searching, by default as they are, float32.
+    """
     clock = Clock(device)
     images = encode(model, batching.image_batches(split, 128), "image", len(split.features), device, precision)
     texts = encode(model, batching.text_batches(words, 256), "text", len(split.captions), device, precision)
     seconds = clock.lap()
-    options = dict(shortlist=settings.shortlist, weight=settings.local_weight, words=settings.words)
+    images, texts = images.to(dtype=dtype), texts.to(dtype=dtype)
+    options = dict(shortlist=settings.shortlist, weight=settings.local_weight, words=settings.words, memory=memory)
     result = evaluate(images, texts, split.image_of, exhaustive=exhaustive, **options)
     result["seconds"]["encode"] = seconds
     if settings.dataset == "coco" and exhaustive and len(images) == 5000:

@@ -96,7 +96,8 @@ def best_checkpoint(folder: Path) -> Path:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     run = open_run(args.run, args.device, args.split, args.data_root)
-    result, images, texts = measure(run.model, run.split, run.words, run.settings, run.device, run.precision)
+    result, images, texts = measure(run.model, run.split, run.words, run.settings, run.device, run.precision,
+                                    dtype=indices_on_disk.DTYPES[args.dtype], memory=args.memory)
     print(table(result))
     if args.shortlist:
         if texts.tokens is None:
@@ -153,6 +154,8 @@ def run_search(args: argparse.Namespace) -> None:
         if found != index.manifest["checkpoint"]:
             raise BadInput(f"{args.run} was made with another checkpoint than {best_checkpoint(folder)} "
                            f"{'is now' if found else '(which is not there)'}: make the index anew, or give --from-run")
+    if an_index and args.split not in (None, index.manifest["split"]):
+        raise BadInput(f"{args.run} is an index of split {index.manifest['split']}, not {args.split}")
     with_data = not an_index or args.image is not None or args.save is not None
     run = open_run(folder, args.device, index.manifest["split"] if an_index else args.split, args.data_root, with_data)
     if args.image is None:
@@ -271,6 +274,8 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
                               description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
     one.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
+    one.add_argument("--dtype", choices=tuple(indices_on_disk.DTYPES), default="float32",
+                     help="how tokens are stored while searching (default float32)")
     one.add_argument("--shortlist", type=lengths, metavar="K,K,...",
                      help="two-stage recall and time for these lengths of the shortlist, drawn as a picture")
     one.add_argument("--save", type=Path, metavar="PICTURE.png", help="that picture (default RUN/shortlist.png)")

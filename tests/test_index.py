@@ -214,6 +214,18 @@ def answers_of(where: str, caption: str, capsys) -> list:
     return json.loads(capsys.readouterr().out)["found"]
 
 
+def test_half_precision_and_an_index_s_own_split(flags, tmp_path, capsys):
+    run, out = str(tmp_path / "run"), str(tmp_path / "index")
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    for dtype in ("float16", "bfloat16"):
+        assert retrieve.main(["evaluate", run, "--dtype", dtype, "--memory", "0.001"]) == 0
+    assert retrieve.main(["index", run, "--out", out]) == 0
+    assert retrieve.main(["search", out, "a red dog"]) == 0
+    capsys.readouterr()
+    assert retrieve.main(["search", out, "a red dog", "--split", "train"]) == 2
+    assert "split val, not train" in capsys.readouterr().err
+
+
 def test_shortlists_of_several_lengths(flags, tmp_path, capsys):
     assert train.main([*flags, "--epochs", "1"]) == 0
     capsys.readouterr()

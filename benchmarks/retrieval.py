@@ -1,0 +1,138 @@
+"""How fast is two-stage retrieval? In one run: ours, a loop over queries as released evaluators have it, exhaustive
+local similarity, and what the machine's matrix products alone would need.
+
+    python benchmarks/retrieval.py                        # Flickr30K's test size; about five minutes on two cores
+    python benchmarks/retrieval.py --grow --out PICTURE   # time against the size of the corpus, 1,000 to 200,000 images
+
+Embeddings are random: 1,000 images x 36 regions, 5,000 captions of 10 to 20 words, D 1024; K is 50 captions for an
+image and 100 images for a caption. Nothing about them is clustered, which is the worst case for a shortlist.
+"""
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from twostage import Embeddings, local_matrix, search
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(images: int, captions: int, dim: int, dtype: torch.dtype) -> tuple[Embeddings, Embeddings]:
+    """Random embeddings of unit length: 36 regions an image, 10 to 20 words a caption, padded to 20."""
+    g = torch.Generator().manual_seed(0)
+
+    def unit(*shape: int) -> torch.Tensor:
+        out = torch.empty(*shape, dtype=dtype)
+        for part in out.split(1000):  # never the whole in float32
+            part.copy_(F.normalize(torch.randn(part.shape, generator=g), dim=-1))
+        return out
+
+    words = torch.arange(20) < torch.randint(10, 21, (captions, 1), generator=g)
+    sides = (Embeddings("image", unit(images, dim).float(), unit(images, 36, dim), torch.ones(images, 36).bool()),
+             Embeddings("text", unit(captions, dim).float(), unit(captions, 20, dim), words))
+    return tuple(side.to(DEVICE) for side in sides)
+
+
+def seconds(work: Callable, repeat: int = 3) -> float:
+    """The best of a few runs, the first of which warms up."""
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.perf_counter()
+        work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def loop(queries: Embeddings, corpus: Embeddings, k: int, weight: float = 10.0) -> list[np.ndarray]:
+    """A query at a time, as released evaluators do: all scores, a full argsort, gather, expand, masked product."""
+    corpus_globals, found = corpus.globals.cpu().numpy(), []
+    for query in range(len(queries)):
+        scores = corpus_globals @ queries.globals[query].cpu().numpy()
+        best = np.argsort(scores)[::-1][:k].copy()
+        tokens, mask = corpus.tokens[best], corpus.mask[best]
+        own = queries.tokens[query].expand(k, -1, -1)
+        if corpus.kind == "image":
+            dots = torch.matmul(own, tokens.transpose(1, 2))                                    # [k, words, regions]
+            local = dots.masked_fill(~mask[:, None], 0).amax(2).masked_fill(~queries.mask[query], 0).sum(1)
+        else:
+            dots = torch.matmul(tokens, own.transpose(1, 2))
+            local = dots.amax(2).masked_fill(~mask, 0).sum(1)
+        mixed = scores[best] + weight * local.float().cpu().numpy()
+        found.append(best[np.argsort(mixed)[::-1]])
+    return found
+
+
+def rate(dtype: torch.dtype) -> float:
+    """The machine's own matrix-product rate, operations a second."""
+    a, b = (torch.randn(2048, 1024, device=DEVICE).to(dtype), torch.randn(1024, 1024, device=DEVICE).to(dtype))
+    return 20 * 2 * 2048 * 1024 * 1024 / seconds(lambda: [a @ b for _ in range(20)], 5)
+
+
+def compare() -> None:
+    print(f"{DEVICE}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; milliseconds a query")
+    print(f"{'':10}{'query':>8}{'loop':>9}{'ours':>9}{'x loop':>8}{'limit':>9}{'of limit':>10}{'exhaustive':>12}")
+    base = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        images, texts = make(1000, 5000, 1024, dtype)
+        name, speed = str(dtype).removeprefix("torch."), rate(dtype)
+        exhaustive = seconds(lambda i=images[:20], t=texts: local_matrix(i, t), 2) / 20 * 1000
+        for queries, corpus, k in ((images, texts, 50), (texts, images, 100)):
+            if dtype == torch.float32:  # the first 200 queries tell
+                base[queries.kind] = seconds(lambda q=queries, c=corpus, k=k: loop(q[slice(0, 200)], c, k), 2) / 200
+            ours = seconds(lambda q=queries, c=corpus, k=k: search(q, c, k)) / len(queries)
+            indices = search(queries, corpus, k)[0]
+            said = texts.lengths(indices.flatten()).sum() if corpus.kind == "text" else texts.mask.sum() * k
+            limit = 2 * 36 * 1024 * int(said) / speed / len(queries)
+            print(f"{name:10}{queries.kind:>8}{base[queries.kind] * 1e3:9.2f}{ours * 1e3:9.2f}"
+                  f"{base[queries.kind] / ours:8.1f}{limit * 1e3:9.3f}{limit / ours:10.2f}"
+                  f"{exhaustive / len(queries) * 1e3:12.2f}", flush=True)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    print("x loop: queries a second against the loop in float32; limit: the shortlists' operations at the rate of a\n"
+          "2048 x 1024 x 1024 product; exhaustive: local similarity with the whole corpus, in blocks")
+
+
+def grow(out: Path, dim: int = 256, k: int = 100) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes, lines = (1000, 3000, 10_000, 30_000, 100_000, 200_000), []
+    print(f"{DEVICE}; 64 captions search N images, D {dim}, bfloat16 tokens, K {k}; milliseconds a query")
+    print(f"{'N':>8}{'two-stage':>11}{'stage 1':>9}{'exhaustive':>12}")
+    for size in sizes:
+        images, texts = make(size, 64, dim, torch.bfloat16)
+        two, one = (seconds(lambda w=w, i=images, t=texts: search(t, i, k, w)) / 64 * 1e3 for w in (10.0, 0.0))
+        exhaustive = sum(seconds(lambda p=part, t=texts: local_matrix(p, t), 2)
+                         for part in (images[at : at + 1000] for at in range(0, min(size, 3000), 1000)))
+        exhaustive *= size / min(size, 3000) / 64 * 1e3  # linear in N: three thousand images tell
+        lines.append((size, two, one, exhaustive))
+        print(f"{size:8d}{two:11.2f}{one:9.2f}{exhaustive:12.1f}", flush=True)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for column, name, style in ((1, "two-stage", "k.-"), (2, "stage 1 alone", "k.:"), (3, "exhaustive local", "r.--")):
+        axis.loglog(sizes, [line[column] for line in lines], style, label=name)
+    axis.set(xlabel="images in the corpus", ylabel="milliseconds a caption")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(out, dpi=110, bbox_inches="tight")
+    print(f"picture: {out}")
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--grow", action="store_true", help="time against the size of the corpus")
+    arguments.add_argument("--out", type=Path, default=Path("growth.png"), help="the picture of --grow")
+    given = arguments.parse_args()
+    grow(given.out) if given.grow else compare()
