@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,11 @@ def mapped(path: Path, dtype: torch.dtype, size: int) -> torch.Tensor:
     have, need = path.stat().st_size if path.is_file() else 0, size * dtype.itemsize
     if have != need:
         raise BadInput(f"{path}: found {have} bytes, expected {need}: make the index anew")
-    return torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+    if size == 0:
+        return torch.zeros(0, dtype=dtype)
+    with warnings.catch_warnings():  # PyTorch knows no read-only tensors, and says so
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.memmap(path, np.uint8, "r")).view(dtype)
 
 
 # ------------------------------------------------------------------------------------------ beyond a million vectors

@@ -8,6 +8,7 @@ more than a block of its work at a time, whose size follows from the memory that
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,12 @@ class Embeddings:
         parts = (None if part is None else part.to(device) for part in (self.mask, self.offsets))
         tokens = None if self.tokens is None else self.tokens.to(device, dtype)
         return Embeddings(self.kind, self.globals.to(device), tokens, *parts)
+
+    def packed(self) -> Embeddings:
+        """The same items with packed tokens."""
+        if self.mask is None:
+            return self
+        return Embeddings(self.kind, self.globals, self.tokens[self.mask], None, cumulated(self.mask.sum(1)))
 
     def lengths(self, items: Tensor) -> Tensor:
         """How many real tokens each of `items` [n] has; [n] long."""
@@ -160,6 +167,8 @@ def local_of_shortlists(queries: Embeddings, corpus: Embeddings, indices: Tensor
     """The local similarity of each of Q queries with its own K candidates, [Q, K] float32; indices [Q, K]."""
     per_pair = 64 * max(1, len(corpus.flat) // len(corpus))  # bytes: an index, a maximum and more, a token
     height = max(1, memory // (per_pair * indices.shape[1]))
+    if fused_kernel(queries, corpus):
+        queries, corpus = queries.packed(), corpus.packed()
     out = []
     for start in range(0, len(queries), height):
         block = indices[start : start + height]
@@ -178,6 +187,10 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
     with the words of one caption, where that gathers less: for a single query on either side there is a single product.
     """
     regions, spoken = images.lengths(image), texts.lengths(caption)
+    if kernel := fused_kernel(images, texts):
+        images, texts = images.packed(), texts.packed()
+        scores = kernel(texts.tokens, images.tokens, texts.offsets, images.offsets, caption, image)
+        return scores if words == "sum" else scores / spoken.clamp(min=1)
     by_image = spoken.sum() + ANCHOR * len(image.unique()) <= regions.sum() + ANCHOR * len(caption.unique())
     anchor, order = (image if by_image else caption).sort(stable=True)
     still, moving, mover = (images, texts, caption) if by_image else (texts, images, image)
@@ -200,6 +213,21 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
         best = torch.segment_reduce(best, "sum", lengths=lengths.to(best.device))
     scores = torch.empty_like(best).index_copy(0, order, best)
     return scores if words == "sum" else scores / spoken.clamp(min=1).to(scores.device)
+
+
+def fused_kernel(one: Embeddings, other: Embeddings) -> Callable | None:
+    """The MaxSim of pairs of the `late-interaction-kernels` library, where it is installed and all is on a GPU.
+
+    It makes one kernel of product, maximum and sum. It multiplies float32 with fewer digits than PyTorch does, so it is
+    for half precision only, where both round alike. None where it cannot be used.
+    """
+    if any(side.tokens.device.type != "cuda" or side.tokens.dtype == torch.float32 for side in (one, other)):
+        return None
+    try:
+        from late_interaction_kernels.score_pairs import score_pairs_packed
+    except ImportError:
+        return None
+    return score_pairs_packed
 
 
 class Gather:

@@ -78,6 +78,22 @@ def test_pairs_are_scored_alike_image_by_image_and_caption_by_caption(corpus, fo
                 assert torch.allclose(ours, (want / scale)[one, other], atol=1e-5)
 
 
+def test_a_fused_kernel_is_given_packed_tokens_and_believed(corpus, monkeypatch):
+    """With a stand-in of the library's signature: no GPU is needed to see that the pairs arrive as they should."""
+    images, texts = corpus
+    want = retrieve.search(images, texts, 4, 2.0, "mean")
+
+    def kernel(query, document, query_ends, document_ends, which_query, which_document):
+        query, document = query.split(query_ends.diff().tolist()), document.split(document_ends.diff().tolist())
+        return torch.stack([(query[q] @ document[d].T).amax(1).sum()
+                            for q, d in zip(which_query.tolist(), which_document.tolist(), strict=True)])
+
+    assert twostage.fused_kernel(images, texts) is None  # on a processor there is none
+    monkeypatch.setattr(twostage, "fused_kernel", lambda *sides: kernel)
+    indices, scores = retrieve.search(images, texts, 4, 2.0, "mean")
+    assert torch.allclose(scores, want[1], atol=1e-5) and torch.equal(indices, want[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tokens_in_half_precision_change_scores_by_their_rounding_only(corpus, dtype):
     images, texts = corpus
