@@ -12,6 +12,7 @@ next attempt goes on where the last one stopped.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import warnings
@@ -35,12 +36,13 @@ LARGE = 1_000_000  # vectors beyond which an approximate index takes over stage 
 
 @dataclass
 class Index:
-    """An index opened for searching: its manifest, both sides, and what their items are called."""
+    """An index opened for searching: its manifest, both sides, what their items are called, and its run's folder."""
 
     manifest: dict
     images: Embeddings
     texts: Embeddings
     names: dict  # images [N], captions [M], image_of [M]
+    folder: Path
 
 
 def checkpoint_hash(path: Path) -> str:
@@ -58,11 +60,14 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Callable[[s
 
     identity: what the index is of (checkpoint, split, dtype, ...), all of which must agree to go on. counts: items a
     kind. encode(kind, items [n]) -> their Embeddings, padded. faiss: "always" or "never" build an approximate index
-    beside the exact vectors, "auto" beyond a million of them. Returns the manifest. Raises BadInput when `out` is there
-    and is no index.
+    beside the exact vectors, "auto" beyond a million of them where FAISS is installed. Returns the manifest. Raises
+    BadInput when `out` is there and is no index, or when FAISS is wanted and missing.
     """
-    if faiss == "always" or faiss == "auto" and max(counts.values()) > LARGE:
+    if faiss == "always":
         import_faiss()  # before hours of work, not after
+    elif faiss == "auto" and max(counts.values()) > LARGE and not importlib.util.find_spec("faiss"):
+        print("stage 1 will be exact, and slow for so many vectors: FAISS is not installed (pip install faiss-cpu)")
+        faiss = "never"
     if out.exists() and not (out / "manifest.json").is_file():
         raise BadInput(f"{out}: there already, and no index (it has no manifest.json): give another --out")
     partial = out.with_name(out.name + ".partial")
@@ -144,7 +149,8 @@ def load(folder: Path) -> Index:
     missing = {"checkpoint", "run", "split", "dtype", "dim", "counts", "tokens", "faiss"} - manifest.keys()
     if missing:
         raise BadInput(f"{folder / 'manifest.json'}: no manifest of an index (it has no {', '.join(sorted(missing))})")
-    return Index(manifest, *(open_side(folder, kind, manifest) for kind in KINDS), names)
+    sides = (open_side(folder, kind, manifest) for kind in KINDS)
+    return Index(manifest, *sides, names, Path(manifest["run"]))
 
 
 def open_side(folder: Path, kind: str, manifest: dict) -> Embeddings:
@@ -198,5 +204,5 @@ def import_faiss():
     try:
         import faiss
     except ImportError as error:
-        raise BadInput("FAISS is not installed: pip install faiss-cpu, or --faiss never") from error
+        raise BadInput("FAISS is not installed: pip install faiss-cpu") from error
     return faiss

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from transformers import BertTokenizer
 
 import batching
@@ -36,6 +37,8 @@ from twostage import Embeddings, local_matrix, search
 
 __all__ = ["Embeddings", "autocast", "encode", "evaluate", "final", "five_folds", "local_matrix", "measure", "recall",
            "search", "table"]
+
+QUERIES = 256  # captions of a file searched together
 
 # ------------------------------------------------------------------------------------------------- what is opened
 
@@ -146,44 +149,60 @@ def run_index(args: argparse.Namespace) -> None:
 
 def run_search(args: argparse.Namespace) -> None:
     captions = check_search(args)
-    an_index = indices_on_disk.is_index(args.run)
-    index = indices_on_disk.load(args.run) if an_index else None
-    folder = args.run if not an_index else args.from_run or Path(index.manifest["run"])
-    if an_index:
-        found = indices_on_disk.checkpoint_hash(best_checkpoint(folder)) if best_checkpoint(folder).is_file() else None
-        if found != index.manifest["checkpoint"]:
-            raise BadInput(f"{args.run} was made with another checkpoint than {best_checkpoint(folder)} "
-                           f"{'is now' if found else '(which is not there)'}: make the index anew, or give --from-run")
-    if an_index and args.split not in (None, index.manifest["split"]):
-        raise BadInput(f"{args.run} is an index of split {index.manifest['split']}, not {args.split}")
-    with_data = not an_index or args.image is not None or args.save is not None
-    run = open_run(folder, args.device, index.manifest["split"] if an_index else args.split, args.data_root, with_data)
-    if args.image is None:
-        query, picture, wanted, k = run.texts(captions), None, "image", run.settings.images_shortlist
-    else:
-        batch, picture = picture_query(run, args.image)
-        query, wanted, k = run.encode([batch], "image", 1), "text", run.settings.captions_shortlist
-    if an_index:
-        corpus = index.images if wanted == "image" else index.texts
-        names = index.names["images" if wanted == "image" else "captions"]
+    index = open_index(args) if indices_on_disk.is_index(args.run) else None
+    folder = index.folder if index else args.run
+    with_data = index is None or args.image is not None or args.save is not None
+    run = open_run(folder, args.device, index.manifest["split"] if index else args.split, args.data_root, with_data)
+    wanted, k = ("image", run.settings.images_shortlist) if args.image is None else (
+        "text", run.settings.captions_shortlist)
+    if index:
+        corpus, names = (index.images, index.names["images"]) if wanted == "image" else (
+            index.texts, index.names["captions"])
     else:
         corpus, names = run.side(wanted), run.split.image_names if wanted == "image" else run.split.captions
-    weight = run.settings.local_weight
-    indices, scores = search(query, corpus, max(k, args.top), weight, run.settings.words, args.memory)
-    indices, scores = indices[:, : args.top].cpu(), scores[:, : args.top].cpu()
-    coarse = (query.globals.cpu()[:, None] * corpus.globals[indices.to(corpus.globals.device)].cpu()).sum(2)
-    fine = ((scores - coarse) / weight) if weight else torch.zeros_like(scores)
-    answers = [{"query": text, "found": [
-        {"name": names[row], "row": row, "score": score, "global": a, "local": b}
-        for row, score, a, b in zip(*(part[place].tolist() for part in (indices, scores, coarse, fine)), strict=True)]}
-        for place, text in enumerate(captions if args.image is None else [args.image])]
-    show(answers, args.json, corpus.tokens is not None)
+
+    def answer(query: Embeddings) -> tuple[Tensor, list[list[dict]]]:
+        """Rows found [q, top], and of each the name, the score and its parts."""
+        weight = run.settings.local_weight
+        rows, scores = search(query, corpus, max(k, args.top), weight, run.settings.words, args.memory)
+        rows, scores = rows[:, : args.top].cpu(), scores[:, : args.top].cpu()
+        coarse = (query.globals.cpu()[:, None] * corpus.globals[rows.to(corpus.globals.device)].cpu()).sum(2)
+        fine = (scores - coarse) / weight if weight else torch.zeros_like(scores)
+        parts = (part.tolist() for part in (rows, scores, coarse, fine))
+        return rows, [[{"name": names[row], "row": row, "score": score, "global": a, "local": b}
+                       for row, score, a, b in zip(*line, strict=True)] for line in zip(*parts, strict=True)]
+
+    if args.image is not None:
+        batch, picture = picture_query(run, args.image)
+        rows, found = answer(run.encode([batch], "image", 1))
+        show(args.image, found[0], args.json, corpus.tokens is not None)
+    else:
+        blocks = range(0, len(captions), QUERIES)
+        for start in tqdm(blocks, desc="search", unit=f"{QUERIES} queries", disable=len(blocks) == 1):
+            asked = captions[start : start + QUERIES]
+            rows, found = answer(run.texts(asked))
+            for caption, answers in zip(asked, found, strict=True):
+                show(caption, answers, args.json, corpus.tokens is not None, len(captions) > 1)
     if args.save:
         if args.image is None:
-            figures.found_images(run.split, captions[0], indices[0].tolist(), args.save)
+            figures.found_images(run.split, captions[0], rows[0].tolist(), args.save)
         else:
-            figures.found_captions(picture, [names[i] for i in indices[0].tolist()], args.save)
+            figures.found_captions(picture, [names[row] for row in rows[0].tolist()], args.save)
         print(f"picture: {args.save}", file=sys.stderr if args.json else sys.stdout)
+
+
+def open_index(args: argparse.Namespace) -> indices_on_disk.Index:
+    """The index that was asked for. Raises BadInput when its run is gone, or has been trained on since."""
+    index = indices_on_disk.load(args.run)
+    index.folder = args.from_run or Path(index.manifest["run"])
+    weights = best_checkpoint(index.folder)
+    found = indices_on_disk.checkpoint_hash(weights) if weights.is_file() else None
+    if found != index.manifest["checkpoint"]:
+        raise BadInput(f"{args.run} was made with another checkpoint than {weights} "
+                       f"{'is now' if found else '(which is not there)'}: make the index anew, or give --from-run")
+    if args.split not in (None, index.manifest["split"]):
+        raise BadInput(f"{args.run} is an index of split {index.manifest['split']}, not {args.split}")
+    return index
 
 
 def check_search(args: argparse.Namespace) -> list[str]:
@@ -201,18 +220,17 @@ def check_search(args: argparse.Namespace) -> list[str]:
     return [args.caption]
 
 
-def show(answers: list[dict], as_json: bool, fine: bool) -> None:
-    """A line of JSON a query, or a table a query: the score and what it is made of."""
-    for answer in answers:
-        if as_json:
-            print(json.dumps(answer, ensure_ascii=False))
-            continue
-        if len(answers) > 1:
-            print(f"\n{answer['query']}")
-        print(f"  #{'score':>9}{'global':>9}{'local':>9}" if fine else f"  #{'score':>9}")
-        for place, found in enumerate(answer["found"], 1):
-            parts = f"{found['global']:9.3f}{found['local']:9.3f}" if fine else ""
-            print(f"{place:3d}{found['score']:9.3f}{parts}  {found['name']}")
+def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool = False) -> None:
+    """A line of JSON, or a table: the score and what it is made of."""
+    if as_json:
+        print(json.dumps({"query": query, "found": found}, ensure_ascii=False), flush=True)
+        return
+    if titled:
+        print(f"\n{query}")
+    print(f"  #{'score':>9}{'global':>9}{'local':>9}" if fine else f"  #{'score':>9}")
+    for place, item in enumerate(found, 1):
+        parts = f"{item['global']:9.3f}{item['local']:9.3f}" if fine else ""
+        print(f"{place:3d}{item['score']:9.3f}{parts}  {item['name']}")
 
 
 def picture_query(run: Opened, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:

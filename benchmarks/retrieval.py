@@ -2,7 +2,9 @@
 local similarity, and what the machine's matrix products alone would need.
 
     python benchmarks/retrieval.py                        # Flickr30K's test size; about five minutes on two cores
+    python benchmarks/retrieval.py --images 5000          # the same at COCO's test size, with 25,000 captions
     python benchmarks/retrieval.py --grow --out PICTURE   # time against the size of the corpus, 1,000 to 200,000 images
+    python benchmarks/retrieval.py --million              # a million images, D 128: captions 1, 32 and 1,024 at once
 
 Embeddings are random: 1,000 images x 36 regions, 5,000 captions of 10 to 20 words, D 1024; K is 50 captions for an
 image and 100 images for a caption. Nothing about them is clustered, which is the worst case for a shortlist.
@@ -79,12 +81,12 @@ def rate(dtype: torch.dtype) -> float:
     return 20 * 2 * 2048 * 1024 * 1024 / seconds(lambda: [a @ b for _ in range(20)], 5)
 
 
-def compare() -> None:
+def compare(size: int) -> None:
     print(f"{DEVICE}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; milliseconds a query")
     print(f"{'':10}{'query':>8}{'loop':>9}{'ours':>9}{'x loop':>8}{'limit':>9}{'of limit':>10}{'exhaustive':>12}")
     base = {}
     for dtype in (torch.float32, torch.bfloat16):
-        images, texts = make(1000, 5000, 1024, dtype)
+        images, texts = make(size, 5 * size, 1024, dtype)
         name, speed = str(dtype).removeprefix("torch."), rate(dtype)
         exhaustive = seconds(lambda i=images[:20], t=texts: local_matrix(i, t), 2) / 20 * 1000
         for queries, corpus, k in ((images, texts, 50), (texts, images, 100)):
@@ -130,9 +132,35 @@ def grow(out: Path, dim: int = 256, k: int = 100) -> None:
     print(f"picture: {out}")
 
 
+def million(dim: int = 128, k: int = 100, size: int = 1_000_000) -> None:
+    images, texts = make(size, 1024, dim, torch.float16)
+    block, other = torch.zeros(2, 2**28, dtype=torch.uint8, device=DEVICE)
+    bandwidth = 2 * len(block) / seconds(lambda: other.copy_(block), 5)  # bytes a second, read and written
+    speed = rate(torch.float32)
+    print(f"{DEVICE}; {size} images, D {dim}, float16 tokens, K {k}; milliseconds a caption; the floor: its bytes at\n"
+          f"{bandwidth / 1e9:.0f} GB/s, or its operations at {speed / 1e9:.0f} GF/s, whichever takes longer")
+    print(f"{'at once':>8}{'two-stage':>11}{'stage 1':>9}{'floor':>9}")
+    for count in (1, 32, 1024):
+        query = texts[:count]
+        two, one = (seconds(lambda w=w, q=query: search(q, images, k, w)) / count * 1e3 for w in (10.0, 0.0))
+        gathered = count * k * 36 * dim
+        read = size * dim * 4 + 2 * gathered
+        operations = 2 * count * size * dim + 2 * 15 * gathered
+        floor = max(read / bandwidth, operations / speed) / count * 1e3
+        print(f"{count:8d}{two:11.3f}{one:9.3f}{floor:9.3f}", flush=True)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+
+
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--grow", action="store_true", help="time against the size of the corpus")
     arguments.add_argument("--out", type=Path, default=Path("growth.png"), help="the picture of --grow")
+    arguments.add_argument("--images", type=int, default=1000, help="images of the comparison (default 1000)")
+    arguments.add_argument("--million", action="store_true", help="a million images, a few captions at once")
     given = arguments.parse_args()
-    grow(given.out) if given.grow else compare()
+    if given.grow:
+        grow(given.out)
+    elif given.million:
+        million()
+    else:
+        compare(given.images)

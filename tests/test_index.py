@@ -1,5 +1,6 @@
 """index.py and the search command line: an index gives what the run gives, and survives kills and changes."""
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,11 +171,27 @@ def test_faiss_takes_over_stage_1(sides, tmp_path):
     assert torch.allclose(exact[1], found[1], atol=1e-5) and torch.equal(exact[0], found[0])
 
 
+def test_without_faiss_stage_1_stays_exact(sides, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(index, "LARGE", 3)
+    monkeypatch.setattr(index.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    counts = {kind: len(side) for kind, side in sides.items()}
+
+    def encode(kind: str, items: np.ndarray) -> Embeddings:
+        return sides[kind][torch.from_numpy(items)]
+
+    assert index.build(tmp_path / "index", IDENTITY, counts, encode, {}, "auto")["faiss"] == {}
+    assert "FAISS is not installed" in capsys.readouterr().out
+    assert index.load(tmp_path / "index").images.graph is None
+    with pytest.raises(BadInput, match="faiss-cpu"):
+        index.build(tmp_path / "other", IDENTITY, counts, encode, {}, "always")
+
+
 # ------------------------------------------------------------------------------------------------- command line
 
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
-def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model):
+def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkeypatch):
     run, out = str(tmp_path / "run"), str(tmp_path / "index")
     assert train.main([*flags, "--model", model, "--epochs", "1"]) == 0
     assert retrieve.main(["index", run, "--out", out, "--dtype", "float32"]) == 0
@@ -192,6 +209,7 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model):
             assert ours["score"] == pytest.approx(ours["global"] + fine, abs=1e-4)
     captions = tmp_path / "captions.txt"
     captions.write_text("a red dog\na small ball\n")
+    monkeypatch.setattr(retrieve, "QUERIES", 1)
     assert retrieve.main(["search", out, "--queries", str(captions), "--json", "--top", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["query"] for line in lines] == ["a red dog", "a small ball"]
