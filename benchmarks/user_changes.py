@@ -1,8 +1,8 @@
 """Train USER with one of this project's changes to the released code undone, to see what each is worth.
 
-    python benchmarks/user_changes.py CHANGE [flags of train.py]      # CHANGE: a name below, or none
+    python benchmarks/user_changes.py CHANGE [flags of train.py]      # CHANGE: a name below, none, or all
 
-Everything else stays as it is. `slots` is a setting (train.py --slots 36) and needs nothing of this.
+Everything else stays as it is; "all" with --slots 36 is the released training, but for its half-precision-proof UTO. `slots` is a setting (train.py --slots 36) and needs nothing of this.
 """
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ class InTraining(user.MomentumContrast):
         self.steps += 1
 
 
-class FullOfNoise(user.MomentumContrast):
+def fill(momentum: user.MomentumContrast) -> user.MomentumContrast:
     """The queues are full of random positive vectors at the start."""
+    for queue in (momentum.image_queue, momentum.text_queue):
+        queue.keys.copy_(F.normalize(torch.rand_like(queue.keys), dim=1))
+        queue.owner.fill_(2**40)
+    return momentum
 
-    def __init__(self, *arguments: object, **options: object):
-        super().__init__(*arguments, **options)
-        for queue in (self.image_queue, self.text_queue):
-            queue.keys.copy_(F.normalize(torch.rand_like(queue.keys), dim=1))
-            queue.owner.fill_(2**40)
+
+Original = user.MomentumContrast
 
 
 def replace_momentum(by: object) -> None:
@@ -71,8 +72,10 @@ CHANGES = {
     "shuffle": shuffle_captions,
     "shuffle+false-negatives": lambda: (shuffle_captions(), count_false_negatives()),
     "keys-in-training": lambda: replace_momentum(InTraining),
-    "cold-momentum": lambda: replace_momentum(functools.partial(user.MomentumContrast, warm=False)),
-    "full-queue": lambda: replace_momentum(FullOfNoise),
+    "cold-momentum": lambda: replace_momentum(functools.partial(Original, warm=False)),
+    "full-queue": lambda: replace_momentum(lambda *given: fill(Original(*given))),
+    "all": lambda: (shuffle_captions(), count_false_negatives(),
+                    replace_momentum(lambda *given: fill(InTraining(*given, warm=False)))),
 }
 
 if __name__ == "__main__":
