@@ -2,7 +2,8 @@
 
     python benchmarks/user_changes.py CHANGE [flags of train.py]      # CHANGE: a name below, none, or all
 
-Everything else stays as it is; "all" with --slots 36 is the released training, but for its half-precision-proof UTO. `slots` is a setting (train.py --slots 36) and needs nothing of this.
+Everything else stays as it is. `slots` is a setting (train.py --slots 36) and needs nothing of this; "all" with it is
+the released training but for its exponential, which overflows in half precision.
 """
 from __future__ import annotations
 
