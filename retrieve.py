@@ -31,12 +31,11 @@ import index as indices_on_disk
 import regions
 import run as runs
 from data import BadInput
-from measure import autocast, encode, evaluate, final, five_folds, measure, shortlists, table
+from measure import encode, evaluate, five_folds, measure, shortlists, table
 from recall import recall
 from twostage import Embeddings, local_matrix, search
 
-__all__ = ["Embeddings", "autocast", "encode", "evaluate", "final", "five_folds", "local_matrix", "measure", "recall",
-           "search", "table"]
+__all__ = ["Embeddings", "encode", "evaluate", "five_folds", "local_matrix", "measure", "recall", "search", "table"]
 
 QUERIES = 256  # captions of a file searched together
 

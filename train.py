@@ -39,9 +39,9 @@ import data
 import figures
 import losses
 import measure
-import retrieve
 import run as runs
 import tgdt
+import twostage
 import user
 from data import BadInput
 from run import Settings
@@ -81,8 +81,8 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
         settings.mu, settings.gamma, settings.batch_weight, positives,
         momentum.image_queue.no_negatives(owner), momentum.text_queue.no_negatives(owner),
     )
-    first = torch.zeros(len(image_keys), dtype=torch.long, device=row.device).index_put((row,), owner)
-    momentum.enqueue(image_keys, text_keys, first, owner)
+    shown = owner.new_zeros(len(image_keys)).index_put((row,), owner)  # [I]: which image each row of regions is
+    momentum.enqueue(image_keys, text_keys, shown, owner)
     return uto if settings.model == "user" else loss + settings.uto_weight * len(row) * uto
 
 
@@ -342,15 +342,15 @@ def report(model: torch.nn.Module, splits: dict, words: dict, tokenizer: BertTok
 
 
 @torch.inference_mode()
-def draw(model: torch.nn.Module, split: data.Split, images: retrieve.Embeddings, texts: retrieve.Embeddings,
+def draw(model: torch.nn.Module, split: data.Split, images: twostage.Embeddings, texts: twostage.Embeddings,
          words: batching.Words, tokenizer: BertTokenizer, settings: Settings, out: Path) -> None:
     """The sheet of queries, drawn at random but always the same ones; of its first caption what each word looks at, or
     of that caption's image, for a model without fine tokens, what the guide strengthens."""
     chance = torch.Generator().manual_seed(0)
     captions, pictures = (torch.randperm(len(e), generator=chance)[:n] for e, n in ((texts, 5), (images, 3)))
     options = (settings.local_weight, settings.words)
-    images_found = retrieve.search(texts[captions], images, settings.images_shortlist, *options)[0][:, :5]
-    captions_found = retrieve.search(images[pictures], texts, settings.captions_shortlist, *options)[0][:, :5]
+    images_found = twostage.search(texts[captions], images, settings.images_shortlist, *options)[0][:, :5]
+    captions_found = twostage.search(images[pictures], texts, settings.captions_shortlist, *options)[0][:, :5]
     figures.retrieval(split, images_found, captions_found, captions, pictures, out / "retrieval.png")
     caption = int(captions[0])
     row = int(split.image_of[caption])
