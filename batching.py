@@ -12,7 +12,8 @@ from itertools import chain
 import numpy as np
 import torch
 
-from data import BadInput, Split
+from data import Split
+from files import BadInput
 
 # ------------------------------------------------------------------------------------------------------- tokenisation
 

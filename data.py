@@ -3,18 +3,17 @@
 Part of neither paper, but both stand on it. An image is a bag of regions, each a feature vector and a box from an
 object detector; a caption belongs to one image, and `image_of` (caption -> image row) alone says to which. Region
 features come in two layouts: SCAN precomp, one array a split (SCAN, VSE-infinity, USER), and bottom-up, two files an
-image (TERAN, TGDT). Karpathy's dataset_*.json has the captions of the second and finds pictures for the first. Features
-stay on disk (COCO's are 33 GB) and a batch's rows are read by offset: a memory map's pages would count as our memory.
+image (TERAN, TGDT). Karpathy's dataset_*.json has the captions of the second and finds pictures for the first. Without
+features, that file and the pictures are enough, and so is a table of one's own pictures: see `extract.py`.
 """
 
 from __future__ import annotations
 
+import csv
 import json
-import os
 import re
 from collections import namedtuple
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,140 +21,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import photos
 import scenes
+from features import TERAN, InMemory, ManyFiles, OneArray, read_array
+from files import BadInput, explained
 
-# ------------------------------------------------------------------------------------------------------------- errors
-
-
-class BadInput(ValueError):
-    """Something the user gave is wrong; the message is one clear line for people."""
-
-
-SCAN, TERAN = "linked from github.com/kuanghuei/SCAN", "linked from github.com/mesnico/TERAN"
+# where the published files are to be had from
+SCAN = "linked from github.com/kuanghuei/SCAN"
 KARPATHY, COCO = "from cs.stanford.edu/people/karpathy/deepimagesent", "from cocodataset.org"
-
-
-@contextmanager
-def explained(place: Path | str, expected: str):
-    """Turns what NumPy and friends raise on a damaged or misnamed file into a BadInput that names the place."""
-    try:
-        yield
-    except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1
-        raise BadInput(f"{place}, line {line}: byte 0x{e.object[e.start]:02x} is not UTF-8") from None
-    except Exception as e:  # NumPy, zipfile, zlib, json and PIL raise nearly anything: keep the block small
-        raise BadInput(f"{place}: expected {expected} ({type(e).__name__}: {e})".replace("\n", " ")) from None
-
-
-# ---------------------------------------------------------------------------------------------------- feature sources
-# A source has len() = N images, .dim = F, .path for messages, and
-# .read(rows) -> regions [n, R, F] float32, boxes [n, R, 4] float32 in 0..1, mask [n, R] bool (True = a real region).
-
-
-class InMemory:
-    """Features that are arrays already: regions [N, R, F], boxes [N, R, 4]."""
-
-    def __init__(self, path: str, regions: np.ndarray, boxes: np.ndarray):
-        self.path, self.regions, self.boxes, self.dim = path, regions, boxes, regions.shape[2]
-
-    def __len__(self) -> int:
-        return len(self.regions)
-
-    def read(self, rows: Sequence[int]) -> tuple:
-        regions, boxes = self.regions[rows], self.boxes[rows]
-        return regions.astype(np.float32), boxes.astype(np.float32), np.ones(regions.shape[:2], bool)
-
-
-class OneArray:
-    """SCAN's `{split}_ims.npy`: [rows, R, F] float32 or float16, `repeat` rows in a run an image; boxes read as zeros.
-    Raises BadInput when opened if the file is no such array or cut short, when read for a NaN or an infinity."""
-
-    def __init__(self, path: Path):
-        self.path, self.repeat = path, 1
-        with explained(path, "a .npy file"), open(path, "rb") as file:
-            major = np.lib.format.read_magic(file)[0]
-            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
-            self.shape, fortran, self.dtype = read_header(file)
-            self.start = file.tell()
-        if len(self.shape) != 3 or 0 in self.shape or self.dtype not in (np.float32, np.float16) or fortran:
-            found = f"{self.dtype} {list(self.shape)} in {'Fortran' if fortran else 'C'} order"
-            raise BadInput(f"{path}: found {found}, expected float32 or float16 [images, regions, features] in C order")
-        self.dim, self.row_bytes = self.shape[2], self.shape[1] * self.shape[2] * self.dtype.itemsize
-        have, need = path.stat().st_size, self.start + self.shape[0] * self.row_bytes
-        if have < need:
-            row = max(0, have - self.start) // self.row_bytes
-            raise BadInput(f"{path}: cut short: {have} of {need} bytes, the first incomplete row is {row}")
-
-    def __len__(self) -> int:
-        return self.shape[0] // self.repeat
-
-    def read(self, rows: Sequence[int]) -> tuple:
-        regions = np.empty((len(rows), *self.shape[1:]), np.float32)
-        for place, image in enumerate(rows):
-            row = int(image) * self.repeat
-            with explained(self.path, f"{self.row_bytes} bytes for row {row}"):
-                stored = np.fromfile(self.path, self.dtype, regions[0].size, offset=self.start + row * self.row_bytes)
-                regions[place] = stored.reshape(self.shape[1:])
-            if not np.isfinite(regions[place]).all():
-                raise BadInput(f"{self.path}: NaN or infinity in row {row} (image {image})")
-        return regions, np.zeros((*regions.shape[:2], 4), np.float32), np.ones(regions.shape[:2], bool)
-
-
-class ManyFiles:
-    """Bottom-up files: `bu_att/{id}.npz` with key `feat` [R, F] and `bu_box/{id}.npy` [R, 4] in pixels, for each image.
-
-    Boxes are divided by the picture's size, as the annotations or else the picture tell; failing both, by the largest
-    x2 and y2 of the image's boxes: a detector's boxes nearly always touch the border. Batches are padded to the most
-    regions. Raises BadInput when opened for missing files, when read for damaged or unfitting ones."""
-
-    def __init__(self, path: Path, ids: list[int], sizes: list[tuple | None], pictures: list[Path | None]):
-        self.path, self.ids, self.sizes, self.pictures = path, ids, sizes, pictures
-        for folder, ending in (("bu_att", "npz"), ("bu_box", "npy")):
-            with explained(path / folder, f"a folder of bottom-up files, {TERAN}"):
-                there = set(os.listdir(path / folder))
-            missing = [file for i in ids if (file := f"{i}.{ending}") not in there]
-            if missing:
-                raise BadInput(f"{path / folder / missing[0]}: missing, as are {len(missing) - 1} more of {len(ids)}")
-        self.dim = read_array(path / "bu_att" / f"{ids[0]}.npz", "feat").shape[-1]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, rows: Sequence[int]) -> tuple:
-        images = [self.image(int(row)) for row in rows]
-        shape = (len(images), max(len(feat) for feat, _ in images))
-        regions, boxes = np.zeros((*shape, self.dim), np.float32), np.zeros((*shape, 4), np.float32)
-        mask = np.zeros(shape, bool)
-        for place, (feat, box) in enumerate(images):
-            regions[place, : len(feat)], boxes[place, : len(feat)], mask[place, : len(feat)] = feat, box, True
-        return regions, boxes, mask
-
-    def image(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """An image's features [R, F] and its boxes [R, 4] in 0..1."""
-        feat_file = self.path / "bu_att" / f"{self.ids[row]}.npz"
-        box_file = self.path / "bu_box" / f"{self.ids[row]}.npy"
-        feat, box = read_array(feat_file, "feat"), read_array(box_file)
-        for file, array, shape in ((feat_file, feat, [max(1, len(feat)), self.dim]), (box_file, box, [len(feat), 4])):
-            if list(array.shape) != shape:
-                raise BadInput(f"{file}: found shape {list(array.shape)}, expected {shape} (regions first)")
-            if not np.isfinite(array).all():
-                raise BadInput(f"{file}: NaN or infinity (image {row})")
-        if self.sizes[row] is None:
-            picture = self.pictures[row]
-            with explained(picture, "a picture"):
-                self.sizes[row] = Image.open(picture).size if picture else tuple(box[:, 2:].max(0).tolist())
-        width, height = self.sizes[row]
-        outside = max(-box.min(), (box - (width, height, width, height)).max())
-        if outside > 1 or min(width, height) <= 0:  # a pixel is rounding
-            raise BadInput(f"{box_file}: a box lies {outside:g} pixels outside its {width:g} x {height:g} picture")
-        return feat, (box / (width, height, width, height)).clip(0, 1)
-
-
-def read_array(path: Path, key: str | None = None, dtype: type = np.float32) -> np.ndarray:
-    """The array of a .npy file, or the one called `key` of a .npz archive; never a pickle."""
-    with explained(path, f"an .npz archive with key '{key}'" if key else "a .npy array"):
-        array = np.load(path, allow_pickle=False)
-        return np.atleast_1d((array[key] if key else array).astype(dtype, casting="same_kind"))
 
 
 # -------------------------------------------------------------------------------------------------------- the layouts
@@ -168,52 +41,69 @@ class Split:
     name: str  # "train", "val" or "test"
     captions: list[str]  # M, as written
     image_of: np.ndarray  # [M] int64, caption -> image row
-    features: InMemory | OneArray | ManyFiles
+    features: InMemory | OneArray | ManyFiles | None  # None: to be computed from the pictures, by extract.prepare
     image_names: list[str]  # N: a file name, an id or a row number
     pictures: Sequence[Path | np.ndarray | None]  # N: a file or pixels, None where there is none
     truth: scenes.Scenes | None = None  # scenes only: what is where, to measure alignment by
-    clip: np.ndarray | None = None  # [N, E] a frozen CLIP's embeddings, where they guide (see clip_guide.py)
+    clip: np.ndarray | None = None  # [N, E] a frozen CLIP's embeddings, where they guide (see frozen.Clip)
 
     def picture(self, row: int) -> Image.Image | None:
-        """An image row's picture, RGB; None if it has none. Raises BadInput for a file that is no picture."""
-        with explained(self.pictures[row], "a picture"):
-            if isinstance(self.pictures[row], Path):
-                return Image.open(self.pictures[row]).convert("RGB")
-            return None if self.pictures[row] is None else Image.fromarray(self.pictures[row])
+        """An image row's picture, RGB and upright; None if it has none. Raises BadInput for a file that is none."""
+        return None if self.pictures[row] is None else photos.read(self.pictures[row])
+
+    def keep(self, good: np.ndarray) -> None:
+        """Go on with some of the images, `good` [N] bool, and their captions."""
+        captions = good[self.image_of]
+        self.captions = [caption for caption, stays in zip(self.captions, captions, strict=True) if stays]
+        self.image_of = (np.cumsum(good) - 1)[self.image_of[captions]]
+        self.image_names, self.pictures = ([each for each, stays in zip(every, good, strict=True) if stays]
+                                           for every in (self.image_names, self.pictures))
 
 
 # What annotations say of an image. where: for messages; file: (filepath, filename); size: (width, height) or None
 Entry = namedtuple("Entry", "where id split file size captions")
 PRECOMP = {"flickr8k": "f8k_precomp", "flickr30k": "f30k_precomp", "coco": "coco_precomp"}
 COCO_IDS = {"train": ("train", "restval"), "val": ("dev",), "test": ("test",)}
-PICTURES = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "train2014", "val2014")
 
 
-def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val", "test")) -> dict[str, Split]:
-    """The splits of "scenes" (no root), "flickr8k", "flickr30k" or "coco"; "test" is left out where there is none.
+def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val", "test"), regions: str = "auto",
+         split_seed: int = 0) -> dict[str, Split]:
+    """The splits of "scenes" (no root), "flickr8k", "flickr30k", "coco" or "folder", one's own pictures and captions.
 
-    `root` holds the files, in either layout. Raises BadInput for whatever in there is missing or wrong.
+    "test" is left out where there is none. `root` holds the files. regions: "files" wants feature files, in either
+    layout; "auto" takes them where they are; else, and for any other word, the splits have no features yet. split_seed
+    draws the splits of a table that names none. Raises BadInput for whatever in `root` is missing or wrong.
     """
     if dataset == "scenes":
-        return {name: scenes_split(name) for name in splits}
-    if dataset not in PRECOMP:
-        raise BadInput(f"dataset '{dataset}': expected one of scenes, {', '.join(PRECOMP)}")
+        return {name: scenes_split(name, regions) for name in splits}
+    if dataset not in (*PRECOMP, "folder"):
+        raise BadInput(f"dataset '{dataset}': expected one of scenes, folder, {', '.join(PRECOMP)}")
     if not root or not Path(root).is_dir():
         raise BadInput(f"{root or '--data-root'}: no such folder, expected the one with the files of {dataset}")
-    root, file = Path(root), f"dataset_{dataset}.json"
+    root = Path(root)
+    if dataset == "folder":
+        if regions == "files":
+            raise BadInput("--regions files: --dataset folder has pictures, no feature files")
+        return load_pictures(root, own_entries(root, split_seed), splits)
+    file, own = f"dataset_{dataset}.json", PRECOMP[dataset]
     unnamed = (folder for folder in sorted(root.glob("*_precomp")) if folder.name not in PRECOMP.values())
-    folders = (root, root / PRECOMP[dataset], *unnamed)  # none that is another dataset's by its name
+    folders = (root, root / own, *unnamed)  # none that is another dataset's by its name
     scan = next((f for f in folders if any(f.glob("*_ims.npy")) or any(f.glob("*_caps.txt"))), None)
+    if regions not in ("auto", "files"):
+        return load_pictures(root, karpathy_entries(find_file(root, file, KARPATHY)), splits)
     if scan:
         path = find_file(root, file) or find_file(scan, file)
         found = load_scan(dataset, root, scan, karpathy_entries(path) if path else [], splits)
     elif (root / "features_36").is_dir():
         entries = coco_entries(root, splits) if dataset == "coco" else karpathy_entries(find_file(root, file, KARPATHY))
         found = load_bottom_up(root, entries, splits)
+    elif regions == "auto" and find_file(root, file):
+        return load_pictures(root, karpathy_entries(find_file(root, file)), splits)
     else:
         raise BadInput(
-            f"{root}: no region features: neither train_ims.npy and train_caps.txt, here or in {PRECOMP[dataset]} "
-            f"({SCAN}), nor features_36/bu_att and features_36/bu_box ({TERAN}); from pictures none are computed here"
+            f"{root}: no region features: neither train_ims.npy and train_caps.txt, here or in {own} ({SCAN}), nor "
+            f"features_36/bu_att and features_36/bu_box ({TERAN}); to compute them from the pictures, {file} and the "
+            f"pictures are wanted ({KARPATHY})"
         )
     widths = {s.features.dim: f"{s.features.dim} in {s.features.path} ({s.name})" for s in found.values()}
     if len(widths) > 1:
@@ -221,10 +111,10 @@ def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
     return found
 
 
-def scenes_split(name: str) -> Split:
+def scenes_split(name: str, regions: str) -> Split:
     truth = scenes.make(name, seed=0)  # the same for every training seed
     names = [f"scene {row}" for row in range(len(truth.pictures))]
-    features = InMemory(f"scenes {name}", truth.regions, truth.boxes)
+    features = InMemory(f"scenes {name}", truth.regions, truth.boxes) if regions in ("auto", "files") else None
     return Split(name, truth.captions, truth.image_of, features, names, truth.pictures, truth)
 
 
@@ -251,7 +141,7 @@ def load_scan(dataset: str, root: Path, folder: Path, entries: list[Entry], spli
         told = [{file_of_text.get(plain(t)) for t in captions[i : i + each]} for i in range(0, len(captions), each)]
         files = [(texts - {None}).pop() if len(texts - {None}) == 1 else None for texts in told]
         names = [file[1] if file else f"row {row}" for row, file in enumerate(files)]
-        image_of, pictures = np.arange(len(captions)) // each, find_pictures(root, files)
+        image_of, pictures = np.arange(len(captions)) // each, photos.find(root, files)
         found[name] = Split(name, captions, image_of, features, names, pictures)
     return found
 
@@ -281,6 +171,15 @@ def read_captions(path: Path) -> list[str]:
 
 def load_bottom_up(root: Path, entries: list[Entry], splits: Sequence[str]) -> dict[str, Split]:
     """Bottom-up files: captions, image ids and sizes from the annotations."""
+    found = load_pictures(root, entries, splits)
+    for name, split in found.items():
+        own = [entry for entry in entries if entry.split == name]
+        split.features = ManyFiles(root / "features_36", [e.id for e in own], [e.size for e in own], split.pictures)
+    return found
+
+
+def load_pictures(root: Path, entries: list[Entry], splits: Sequence[str]) -> dict[str, Split]:
+    """Splits without features: what annotations say, and where the pictures are."""
     found = {}
     for name in splits:
         own = [entry for entry in entries if entry.split == name]
@@ -290,12 +189,10 @@ def load_bottom_up(root: Path, entries: list[Entry], splits: Sequence[str]) -> d
             raise BadInput(f"{root}: the annotations have no image of split {name}")
         for entry in (entry for entry in own if not entry.captions or "" in entry.captions):
             raise BadInput(f"{entry.where}, {entry.file[1]}: an empty caption or none at all")
-        pictures = find_pictures(root, [entry.file for entry in own])
-        features = ManyFiles(root / "features_36", [e.id for e in own], [e.size for e in own], pictures)
         captions = [caption for entry in own for caption in entry.captions]
         image_of = np.repeat(np.arange(len(own)), [len(entry.captions) for entry in own])
         names = [entry.file[1] for entry in own]
-        found[name] = Split(name, captions, image_of, features, names, pictures)
+        found[name] = Split(name, captions, image_of, None, names, photos.find(root, [entry.file for entry in own]))
     return found
 
 
@@ -312,6 +209,73 @@ def karpathy_entries(path: Path) -> list[Entry]:
             file, split = (image.get("filepath", ""), image["filename"]), image["split"].replace("restval", "train")
             entries.append(Entry(where, place, split, file, size, captions))
     return entries
+
+
+def own_entries(root: Path, split_seed: int) -> list[Entry]:
+    """One's own pictures: captions.csv (a line of titles, then file, caption and perhaps split), captions.jsonl (the
+    same names in an object a line), or a JSON like Karpathy's. Without splits a tenth of the pictures, 1,000 at most,
+    is drawn for val and as many for test; `split_seed` alone decides which, not their order in the file."""
+    path = next((root / name for name in ("captions.csv", "captions.jsonl") if (root / name).is_file()), None)
+    if path is None:
+        annotations = sorted([*root.glob("dataset*.json"), *root.glob("annotations/dataset*.json")])
+        if len(annotations) != 1:
+            raise BadInput(f"{root}: expected captions.csv or captions.jsonl, with a file and a caption a line, or one "
+                           f"dataset_*.json, found {len(annotations)} of these")
+        return karpathy_entries(annotations[0])
+    entries: dict[str, Entry] = {}
+    for where, line in table_lines(path):
+        file, caption, split = ((line.get(name) or "").strip() for name in ("file", "caption", "split"))
+        if not file or not caption:
+            raise BadInput(f"{where}: found {json.dumps(line, ensure_ascii=False)}, expected a file and a caption")
+        split = {"restval": "train", "dev": "val"}.get(split, split)
+        if split not in ("train", "val", "test", ""):
+            raise BadInput(f"{where}: split {split!r}, expected train, val or test")
+        entry = entries.setdefault(file, Entry(where, len(entries), split, ("", file), None, []))
+        if entry.split != split:
+            raise BadInput(f"{where}: {file} is of split {split or 'none'} here, and of {entry.split or 'none'} above")
+        entry.captions.append(caption)
+    unnamed = [entry for entry in entries.values() if not entry.split]
+    if not unnamed:
+        return list(entries.values())
+    if len(unnamed) < len(entries):
+        raise BadInput(f"{unnamed[0].where}: no split, where other lines of the file have one")
+    if len(entries) < 4:
+        raise BadInput(f"{path}: {len(entries)} pictures, expected 4 at least, to draw train, val and test from")
+    names = sorted(entries)
+    order, part = np.random.default_rng(split_seed).permutation(len(names)), min(max(len(names) // 10, 1), 1000)
+    split_of = {names[row]: ("val", "test", "train")[min(place // part, 2)] for place, row in enumerate(order)}
+    return [entry._replace(split=split_of[file]) for file, entry in entries.items()]
+
+
+def table_lines(path: Path) -> list[tuple[str, dict]]:
+    """Where each line of a .csv or .jsonl stands, and what it says, its names in lower case."""
+    with explained(path, "a readable file"):
+        text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix == ".csv":
+        with explained(path, "comma-separated values"):
+            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            titles = [title.strip().lower() for title in reader.fieldnames or []]
+        if not {"file", "caption"} <= set(titles):
+            raise BadInput(f"{path}, line 1: found {', '.join(titles) or 'nothing'}, expected titles: file, caption")
+        reader.fieldnames, lines = titles, []
+        while True:
+            with explained(f"{path}, line {reader.line_num + 1}", "comma-separated values"):
+                line = next(reader, None)
+            if line is None:
+                return lines
+            where = f"{path}, line {reader.line_num}"
+            if None in line:
+                raise BadInput(f"{where}: more values than titles; a caption with a comma is wanted in quotes")
+            lines.append((where, line))
+    lines = []
+    for number, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            with explained(f"{path}, line {number}", "a JSON object with file and caption"):
+                line = {str(name).lower(): value for name, value in json.loads(content).items()}
+                if not all(isinstance(line.get(name, ""), str) for name in ("file", "caption", "split")):
+                    raise TypeError("file, caption and split are texts")
+            lines.append((f"{path}, line {number}", line))
+    return lines
 
 
 def coco_entries(root: Path, splits: Sequence[str]) -> list[Entry]:
@@ -348,10 +312,3 @@ def find_file(root: Path, name: str, source: str = "") -> Path | None:
 def plain(text: str) -> str:
     """Letters and digits in lower case: the same for a caption as written and as tokenised."""
     return re.sub(r"[\W_]+", "", text.lower())
-
-
-def find_pictures(root: Path, files: list[tuple[str, str] | None]) -> list[Path | None]:
-    """Where the pictures (filepath, filename) are, in one of the usual folders; each folder is listed once."""
-    folders = [root / folder for folder in dict.fromkeys((*PICTURES, *(file[0] for file in files if file)))]
-    there = {folder: set(os.listdir(folder)) for folder in folders if folder.is_dir()}
-    return [next((d / file[1] for d in there if file[1] in there[d]), None) if file else None for file in files]

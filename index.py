@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import run as runs
-from data import BadInput
+import files
+from files import BadInput
 from twostage import Embeddings, nearest
 
 BLOCK = 1024  # items encoded and written together
@@ -71,7 +71,7 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Callable[[s
     if out.exists() and not (out / "manifest.json").is_file():
         raise BadInput(f"{out}: there already, and no index (it has no manifest.json): give another --out")
     partial = out.with_name(out.name + ".partial")
-    progress = runs.read_json(partial / "progress.json") if (partial / "progress.json").is_file() else {}
+    progress = files.read_json(partial / "progress.json") if (partial / "progress.json").is_file() else {}
     if progress.get("identity") != identity:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -83,8 +83,8 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Callable[[s
     for kind, other in (KINDS, KINDS[::-1]):
         if faiss == "always" or faiss == "auto" and counts[kind] > LARGE:
             manifest["faiss"][kind] = approximate(partial, sides[kind], sides[other].globals[:256])
-    runs.write_json(partial / "names.json", names)
-    runs.write_json(partial / "manifest.json", manifest)
+    files.write_json(partial / "names.json", names)
+    files.write_json(partial / "manifest.json", manifest)
     replace(partial, out)
     return manifest
 
@@ -92,32 +92,32 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Callable[[s
 def write_side(folder: Path, kind: str, count: int, progress: dict, encode: Callable) -> None:
     """Append what is missing of one kind; after each block `progress` tells what is safe on the disk."""
     done = progress[kind]
-    files = {part: open(folder / f"{kind}.{part}", "ab") for part in ("globals", "tokens", "offsets")}
+    opened = {part: open(folder / f"{kind}.{part}", "ab") for part in ("globals", "tokens", "offsets")}
     try:
-        for part, file in files.items():
+        for part, file in opened.items():
             file.truncate(done["bytes"].get(part, 0))  # a block half written does not count
         if not done["bytes"]:
-            files["offsets"].write(np.zeros(1, np.int64).tobytes())
+            opened["offsets"].write(np.zeros(1, np.int64).tobytes())
         rows = done.get("rows", 0)
         with tqdm(total=count, initial=done["items"], desc=f"index {kind}s", unit=kind) as bar:
             for start in range(done["items"], count, BLOCK):
                 items = np.arange(start, min(start + BLOCK, count))
                 block = encode(kind, items)
-                files["globals"].write(raw(block.globals))
+                opened["globals"].write(raw(block.globals))
                 if block.tokens is not None:
-                    files["tokens"].write(raw(block.tokens[block.mask].to(DTYPES[progress["identity"]["dtype"]])))
+                    opened["tokens"].write(raw(block.tokens[block.mask].to(DTYPES[progress["identity"]["dtype"]])))
                     ends = rows + block.mask.sum(1).cumsum(0)
-                    files["offsets"].write(raw(ends))
+                    opened["offsets"].write(raw(ends))
                     rows = int(ends[-1])
-                for file in files.values():
+                for file in opened.values():
                     file.flush()
                     os.fsync(file.fileno())
                 done |= {"items": int(items[-1]) + 1, "rows": rows,
-                         "bytes": {part: file.tell() for part, file in files.items()}}
-                runs.write_json(folder / "progress.json", progress)
+                         "bytes": {part: file.tell() for part, file in opened.items()}}
+                files.write_json(folder / "progress.json", progress)
                 bar.update(len(items))
     finally:
-        for file in files.values():
+        for file in opened.values():
             file.close()
 
 
@@ -145,7 +145,7 @@ def is_index(folder: Path) -> bool:
 
 def load(folder: Path) -> Index:
     """Map an index into memory. Raises BadInput for one that is damaged or of another program version."""
-    manifest, names = runs.read_json(folder / "manifest.json"), runs.read_json(folder / "names.json")
+    manifest, names = files.read_json(folder / "manifest.json"), files.read_json(folder / "names.json")
     missing = {"checkpoint", "run", "split", "dtype", "dim", "counts", "tokens", "faiss"} - manifest.keys()
     if missing:
         raise BadInput(f"{folder / 'manifest.json'}: no manifest of an index (it has no {', '.join(sorted(missing))})")

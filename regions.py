@@ -12,6 +12,7 @@ import numpy as np
 SIDE, BOXES = 128, 36  # pixels of a picture, both ways; regions of it
 HALF = SIDE // 2  # boxes are found and described at half the resolution, where all numbers below are counted
 CELLS = 4  # a box is described by 4 x 4 cells
+DIM = CELLS * CELLS * (3 + 8) + 3 + 2  # numbers a box: colours and edges, the frame's colour, width and height
 WINDOWS = ((9, 9, 3), (12, 12, 3), (16, 16, 4), (21, 21, 4), (10, 20, 5), (20, 10, 5))  # width, height, step
 ANCHORS = np.array([(x, y, x + w, y + h) for w, h, step in WINDOWS
                     for y in range((HALF - h) % step // 2, HALF - h + 1, step)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,13 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 import batching
-import clip_guide
 import data
+import extract
 import figures
 import index as indices_on_disk
-import regions
+import photos
 import run as runs
-from data import BadInput
+from files import BadInput
 from measure import encode, evaluate, five_folds, measure, shortlists, table
 from recall import recall
 from twostage import Embeddings, local_matrix, search
@@ -51,7 +51,7 @@ class Opened:
     device: torch.device
     precision: str
     tokenizer: BertTokenizer
-    clip: clip_guide.Clip | None  # of a run with --guide clip
+    seen: dict  # what looked at the pictures that it was trained on (see extract.prepare)
     split: data.Split | None
     words: batching.Words | None
 
@@ -70,21 +70,23 @@ class Opened:
         return encode(self.model, batches, kind, count, self.device, self.precision)
 
 
-def open_run(folder: Path, device: str, split: str | None, data_root: Path | None, with_data: bool = True) -> Opened:
-    """A run and, if wanted, a split. Raises BadInput when the run, the data or the CLIP are not there or do not fit."""
+def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_data: bool = True) -> Opened:
+    """A run and, if wanted, a split. Raises BadInput when the run, the data or a network that looks at pictures are not
+    there or do not fit."""
     settings, checkpoint, model, tokenizer = runs.open_run(folder)
-    device, precision = runs.resolve(device, settings.precision)
-    clip = clip_guide.Clip(settings.clip_model, device) if settings.guide == "clip" else None
-    run = Opened(settings, model.to(device), device, precision, tokenizer, clip, None, None)
+    for name in ("data_root", "region_weights", "clip_model"):  # which may lie elsewhere by now
+        setattr(settings, name, getattr(args, name) or getattr(settings, name))
+    device, precision = runs.resolve(args.device, settings.precision)
+    run = Opened(settings, model.to(device), device, precision, tokenizer, checkpoint["seen"], None, None)
     if with_data:
-        root = data_root or (Path(settings.data_root) if settings.data_root else None)
-        splits = data.load(settings.dataset, root, (split,) if split else ("test", "val"))
+        root = Path(settings.data_root) if settings.data_root else None
+        splits = data.load(settings.dataset, root, (split,) if split else ("test", "val"), settings.regions,
+                           settings.split_seed)
         if split and split not in splits:
             raise BadInput(f"{root}: {settings.dataset} has no {split} split here")
         run.split = splits[split] if split else splits.get("test", splits.get("val"))
-        runs.check_widths(folder, checkpoint, run.split.features.dim, clip.dim if clip else 0)
-        if clip:
-            clip_guide.attach({run.split.name: run.split}, clip, [*([root] if root else []), folder])
+        extract.prepare({run.split.name: run.split}, settings, folder, device, wanted=run.seen)
+        runs.check_width(folder, checkpoint, run.split.features.dim)
         run.words = batching.tokenize(run.split.captions, tokenizer, settings.longest)
     return run
 
@@ -97,7 +99,7 @@ def best_checkpoint(folder: Path) -> Path:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    run = open_run(args.run, args.device, args.split, args.data_root)
+    run = open_run(args.run, args, args.split)
     result, images, texts = measure(run.model, run.split, run.words, run.settings, run.device, run.precision,
                                     dtype=indices_on_disk.DTYPES[args.dtype], memory=args.memory)
     print(table(result))
@@ -119,13 +121,19 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_index(args: argparse.Namespace) -> None:
-    run = open_run(args.run, args.device, args.split, args.data_root)
+    if args.images:
+        run = open_run(args.run, args, None, with_data=False)
+        run.split, run.words = own_pictures(run, args), batching.tokenize([], run.tokenizer, run.settings.longest)
+    else:
+        run = open_run(args.run, args, args.split)
     split, settings = run.split, run.settings
-    root = args.data_root or settings.data_root
+    root = args.images or settings.data_root
     identity = {"checkpoint": indices_on_disk.checkpoint_hash(best_checkpoint(args.run)),
                 "run": str(args.run.resolve()), "dataset": settings.dataset, "split": split.name, "dtype": args.dtype,
                 "data": str(Path(root).resolve()) if root else None, "dim": settings.dim,
                 "tokens": settings.model != "user"}
+    if args.images:  # other pictures are another index
+        identity["pictures"] = [list(extract.known(picture, args.images)) for picture in split.pictures]
 
     def encode_items(kind: str, items: np.ndarray) -> Embeddings:
         if kind == "text":
@@ -143,6 +151,23 @@ def run_index(args: argparse.Namespace) -> None:
     print(f"index of {counts['image']} images and {counts['text']} captions, {size / 1e6:.1f} MB: {args.out}")
 
 
+def own_pictures(run: Opened, args: argparse.Namespace) -> data.Split:
+    """A split of all pictures in a folder, without captions, seen as the run's own were. Raises BadInput for a run
+    whose regions came from files: nobody here knows what computed them."""
+    if run.seen["regions"]["kind"] == "files":
+        raise BadInput(f"{args.run} was trained on feature files, and what computed them is not known here: --images "
+                       "wants a run that was trained on pictures, by --regions detector, grid or clip")
+    if args.split:
+        raise BadInput("--images FOLDER has no splits: give it without --split")
+    found = photos.listed(args.images)
+    names = [picture.relative_to(args.images).as_posix() for picture in found]
+    split = data.Split("images", [], np.zeros(0, np.int64), None, names, found)
+    settings = replace(run.settings, data_root=str(args.images), skip_bad=args.skip_bad,
+                       cache=str(args.out.with_name(args.out.name + ".cache")))
+    extract.prepare({"images": split}, settings, args.run, run.device, args.workers, run.seen)
+    return split
+
+
 # --------------------------------------------------------------------------------------------------------- search
 
 
@@ -151,7 +176,14 @@ def run_search(args: argparse.Namespace) -> None:
     index = open_index(args) if indices_on_disk.is_index(args.run) else None
     folder = index.folder if index else args.run
     with_data = index is None or args.image is not None or args.save is not None
-    run = open_run(folder, args.device, index.manifest["split"] if index else args.split, args.data_root, with_data)
+    own = index is not None and index.manifest["split"] == "images"  # pictures of a folder, without captions
+    run = open_run(folder, args, index.manifest["split"] if index else args.split, with_data and not own)
+    if own:
+        if args.image is not None:
+            raise BadInput(f"{args.run} is an index of pictures without captions: search it by a caption")
+        names = index.names["images"]
+        run.split = data.Split("images", [], np.zeros(0, np.int64), None, names,
+                               photos.find(Path(index.manifest["data"]), [("", name) for name in names]))
     wanted, k = ("image", run.settings.images_shortlist) if args.image is None else (
         "text", run.settings.captions_shortlist)
     if index:
@@ -233,7 +265,8 @@ def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool 
 
 
 def picture_query(run: Opened, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:
-    """A batch of one picture: an image of the split by name or row, or on scenes, whose detector is built in, any file.
+    """A batch of one picture: an image of the split by name or row, or for a run whose regions came from pictures any
+    file.
 
     Raises BadInput when it is none of these.
     """
@@ -242,22 +275,13 @@ def picture_query(run: Opened, name: str) -> tuple[dict[str, Tensor], Image.Imag
         row = int(name)
     elif name in split.image_names or plain in split.image_names:
         row = split.image_names.index(name if name in split.image_names else plain)
-    elif split.truth is not None and Path(name).is_file():
-        try:
-            picture = Image.open(name).convert("RGB").resize((regions.SIDE, regions.SIDE))
-        except OSError as error:
-            raise BadInput(f"{name}: not a picture ({error})") from error
-        pixels = np.asarray(picture)[None]
-        boxes = regions.propose(pixels)
-        found = data.InMemory(name, regions.describe(pixels, boxes), boxes)
-        alone = data.Split(split.name, [], np.zeros(0, np.int64), found, [name], pixels)
-        if run.clip:
-            alone.clip = run.clip.embed([picture])
+    elif run.seen["regions"]["kind"] != "files" and Path(name).is_file():
+        alone = extract.one(Path(name), run.settings, run.device, run.seen)
         batch = batching.image_side(alone, np.zeros(1, np.int64))
-        return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, picture
+        return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, alone.picture(0)
     else:
         raise BadInput(f"{name}: neither a picture of the {split.name} split, by name or by row (0 to "
-                       f"{len(split.image_names) - 1}), nor, on scenes, a picture file")
+                       f"{len(split.image_names) - 1}), nor, for a run that was trained on pictures, a picture file")
     batch = batching.image_side(split, np.array([row]))
     return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, split.picture(row)
 
@@ -285,6 +309,8 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--split", choices=("train", "val", "test"),
                         help="which split (default test, val where there is none)")
     shared.add_argument("--data-root", type=Path, metavar="DIR", help="the data, if no longer where it was trained on")
+    shared.add_argument("--region-weights", metavar="FILE", help="likewise the weights of what looks at pictures")
+    shared.add_argument("--clip-model", metavar="FOLDER", help="likewise the CLIP")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     shared.add_argument("--memory", type=gigabytes, metavar="GB",
                         help="what a search may use on the way (default a quarter of what is free)")
@@ -301,6 +327,10 @@ def parser() -> argparse.ArgumentParser:
                               description="Write an index: all pictures and captions of a split, encoded.")
     two.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
     two.add_argument("--out", type=Path, metavar="INDEX", required=True, help="the index, a folder")
+    two.add_argument("--images", type=Path, metavar="FOLDER",
+                     help="index the pictures in this folder instead of a split; wants a run trained on pictures")
+    two.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
+    two.add_argument("--workers", type=int, metavar="N", default=0, help="processes that decode (default: one a core)")
     two.add_argument("--dtype", choices=tuple(indices_on_disk.DTYPES), default="float16",
                      help="how tokens are stored (default float16)")
     two.add_argument("--faiss", choices=("auto", "always", "never"), default="auto",
@@ -313,7 +343,8 @@ def parser() -> argparse.ArgumentParser:
     query.add_argument("caption", nargs="?", help="a caption to find pictures for")
     query.add_argument("--queries", type=Path, metavar="FILE", help="a file of captions, one a line")
     query.add_argument("--image", metavar="FILE",
-                       help="a picture to find captions for: one of the split's, by name or row; on scenes any file")
+                       help="a picture to find captions for: one of the split's, by name or row; or, for a run that "
+                       "was trained on pictures or on scenes, any file")
     three.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
     three.add_argument("--json", action="store_true", help="a line of JSON a query, for programs")
     three.add_argument("--save", type=Path, metavar="PICTURE.png", help="draw what was found")

@@ -6,12 +6,8 @@ moved to another machine and searched there.
 """
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import transformers
@@ -20,7 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 import scenes
 import tgdt
 import user
-from data import BadInput
+from files import BadInput, read_json, write_json
 
 # ------------------------------------------------------------------------------------------------------ settings
 
@@ -33,11 +29,24 @@ def setting(default: object, help: str, choices: tuple[str, ...] | None = None) 
 class Settings:
     """Everything that decides a run's outcome. The defaults are the small preset for real photographs."""
 
-    dataset: str = setting("scenes", "what to train on", ("scenes", "flickr8k", "flickr30k", "coco"))
+    dataset: str = setting("scenes", "what to train on", ("scenes", "flickr8k", "flickr30k", "coco", "folder"))
     data_root: str | None = setting(None, "folder of the dataset's files (not for scenes)")
     model: str = setting("tgdt", "which model", ("tgdt", "user", "tgdt-user"))
     preset: str = setting("small", "small: for a laptop; paper: the released sizes and rates", ("small", "paper"))
     seed: int = setting(0, "seed of weights, dropout, batch order and caption noise")
+    # regions
+    regions: str = setting("auto", "where regions come from: feature files, or pictures, by a detector, a classifier's "
+                           "grid or CLIP's patches; auto: files where there are any, else the detector",
+                           ("auto", "files", "detector", "grid", "clip"))
+    region_network: str = setting("", "torchvision's network for them (none given: fasterrcnn_resnet50_fpn_v2 for the "
+                                  "detector, resnet50 for the grid; --clip-model is that of clip)")
+    region_weights: str = setting("", "its weights: a file, or a name such as COCO_V1 (none given: the best published)")
+    boxes: int = setting(36, "regions a picture, of a detector or a grid")
+    picture_side: int = setting(0, "pixels of a picture's side as the network sees it; 0: 800 detector, 384 grid")
+    feature_dtype: str = setting("float32", "how computed features are kept", ("float32", "float16"))
+    skip_bad: bool = setting(False, "go on without pictures that cannot be read, and say how many they are")
+    cache: str | None = setting(None, "folder of what was computed from pictures (default DATA_ROOT/cache)")
+    split_seed: int = setting(0, "seed by which --dataset folder draws splits where its table names none")
     # text
     text_encoder: str = setting("bert-base-uncased", "BERT: a hub name, a local folder, or from-scratch (scenes)")
     text_layers: int = setting(6, "how many of its layers to use, counted from the input")
@@ -90,8 +99,9 @@ class Settings:
 
     def __post_init__(self):
         """Raises BadInput for a value that no run can have."""
-        for name in ("epochs", "text_layers", "dim", "heads", "feedforward", "captions_per_image", "captions_shortlist",
-                     "images_shortlist", "drop_every", "local_layers", "global_layers", "region_layers"):
+        for name in ("epochs", "boxes", "text_layers", "dim", "heads", "feedforward", "captions_per_image",
+                     "captions_shortlist", "images_shortlist", "drop_every", "local_layers", "global_layers",
+                     "region_layers"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
         for name in ("noise", "dropout", "guide_dropout", "momentum"):
@@ -220,27 +230,6 @@ def resolve(device: str, precision: str) -> tuple[torch.device, str]:
 # -------------------------------------------------------------------------------------------------------- folder
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as JSON: {error}") from error
-
-
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint that this program wrote. Raises BadInput for anything else; runs no code from the file."""
     if not path.is_file():
@@ -249,7 +238,7 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a file that is something else
         raise BadInput(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
-    wanted = {"settings", "feature_dim", "clip_dim", "bert", "model", "epoch"}
+    wanted = {"settings", "feature_dim", "seen", "bert", "model", "epoch"}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
         raise BadInput(f"{path}: not a checkpoint of this program (it has no {', '.join(sorted(wanted))})")
     return checkpoint
@@ -277,7 +266,7 @@ def open_run(folder: Path) -> tuple[Settings, dict, tgdt.TGDT | user.USER, BertT
     path = best if best.is_file() else last
     checkpoint = read_checkpoint(path)
     model = build(settings, BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False),
-                  checkpoint["feature_dim"], checkpoint["clip_dim"])
+                  checkpoint["feature_dim"], (checkpoint["seen"]["clip"] or {}).get("dim", 0))
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -288,12 +277,11 @@ def open_run(folder: Path) -> tuple[Settings, dict, tgdt.TGDT | user.USER, BertT
         raise BadInput(f"{folder / 'tokenizer'}: no tokenizer that can be read") from error
 
 
-def check_widths(folder: Path, checkpoint: dict, feature_dim: int, clip_dim: int) -> None:
-    """Raises BadInput when the data's features, or the CLIP's, are not as wide as those the run was trained on."""
-    for what, name, found in (("region features", "feature_dim", feature_dim),
-                              ("CLIP embeddings", "clip_dim", clip_dim)):
-        if found != checkpoint[name]:
-            raise BadInput(f"{folder} was trained on {what} of {checkpoint[name]} numbers, the data has {found}")
+def check_width(folder: Path, checkpoint: dict, feature_dim: int) -> None:
+    """Raises BadInput when the data's features are not as wide as those the run was trained on."""
+    if feature_dim != checkpoint["feature_dim"]:
+        raise BadInput(f"{folder} was trained on region features of {checkpoint['feature_dim']} numbers, the data has "
+                       f"{feature_dim}")
 
 
 def save_settings(folder: Path, settings: Settings) -> None:

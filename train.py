@@ -34,16 +34,17 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 import batching
-import clip_guide
 import data
+import extract
 import figures
+import files
 import losses
 import measure
 import run as runs
 import tgdt
 import twostage
 import user
-from data import BadInput
+from files import BadInput
 from run import Settings
 
 SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
@@ -169,7 +170,7 @@ class State:
     model: torch.nn.Module
     momentum: user.MomentumContrast | None
     optimizer: torch.optim.Optimizer
-    widths: dict  # feature_dim, clip_dim and bert: what building the model needs beside the settings
+    inputs: dict  # feature_dim, seen (see extract.prepare) and bert: what building the model needs beside the settings
     device: torch.device
     epoch: int = 0
     step: int = 0  # of the epoch in hand
@@ -178,16 +179,16 @@ class State:
     history: list[dict] = field(default_factory=list)
 
     def save_best(self, path: Path) -> None:
-        state = self.widths | {"settings": asdict(self.settings), "epoch": self.epoch, "model": self.model.state_dict()}
-        runs.write_whole(path, lambda file: torch.save(state, file))
+        state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch, "model": self.model.state_dict()}
+        files.write_whole(path, lambda file: torch.save(state, file))
 
     def save(self, path: Path) -> None:
-        state = self.widths | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
+        state = self.inputs | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
         state |= {name: getattr(self, name) for name in ("epoch", "step", "total", "count", "history")}
         state |= {name: part.state_dict() for name, part in self.parts().items()}
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        runs.write_whole(path, lambda file: torch.save(state, file))
+        files.write_whole(path, lambda file: torch.save(state, file))
 
     def restore(self, saved: dict) -> None:
         for name, part in self.parts().items():
@@ -210,13 +211,15 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
     """
     where, precision = runs.resolve(device, settings.precision)
     torch.manual_seed(settings.seed)
-    splits = data.load(settings.dataset, settings.data_root and Path(settings.data_root))
+    splits = data.load(settings.dataset, settings.data_root and Path(settings.data_root), regions=settings.regions,
+                       split_seed=settings.split_seed)
+    settings.regions = extract.kind(settings, splits)
     last = runs.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
     bert, tokenizer = runs.text_encoder(settings)
-    clip_dim = guide_by_clip(settings, splits, out, where)
-    feature_dim = splits["train"].features.dim
+    seen = extract.prepare(splits, settings, out, where, workers, last and last["seen"])
+    feature_dim, clip_dim = splits["train"].features.dim, (seen["clip"] or {}).get("dim", 0)
     if last:
-        runs.check_widths(out, last, feature_dim, clip_dim)
+        runs.check_width(out, last, feature_dim)
     if settings.slots and settings.slots != (found := splits["train"].features.read([0])[0].shape[1]):
         raise BadInput(f"--slots {settings.slots}: the data has {found} regions an image; 0 takes any number of them")
     model = runs.build(settings, bert, feature_dim, clip_dim).to(where)
@@ -228,8 +231,8 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
     out.mkdir(parents=True, exist_ok=True)
     runs.save_settings(out, settings)
     tokenizer.save_pretrained(out / "tokenizer")
-    widths = {"feature_dim": feature_dim, "clip_dim": clip_dim, "bert": bert.config.to_dict()}
-    state = State(settings, model, momentum, make_optimizer(model, settings), widths, where)
+    inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict()}
+    state = State(settings, model, momentum, make_optimizer(model, settings), inputs, where)
     if last:
         state.restore(last)
 
@@ -257,15 +260,6 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
 
     settings, _, model, tokenizer = runs.open_run(out)
     return report(model.to(where), splits, words, tokenizer, settings, out, where, precision)
-
-
-def guide_by_clip(settings: Settings, splits: dict, out: Path, device: torch.device) -> int:
-    """With --guide clip give the splits their CLIP embeddings; returns the size of these, 0 without."""
-    if settings.guide != "clip":
-        return 0
-    clip = clip_guide.Clip(settings.clip_model, device)
-    clip_guide.attach(splits, clip, [*([Path(settings.data_root)] if settings.data_root else []), out])
-    return clip.dim
 
 
 def train_epoch(state: State, loader: DataLoader, per_epoch: int, precision: str, out: Path, interrupt: Interrupt,
@@ -317,7 +311,7 @@ def close_epoch(state: State, val: dict, per_epoch: int, seconds: float, out: Pa
         state.save_best(out / "best.pt")
     state.save(out / "checkpoint.pt")
     lines = "".join(json.dumps(line) + "\n" for line in state.history)
-    runs.write_whole(out / "history.jsonl", lambda file: file.write(lines.encode()))
+    files.write_whole(out / "history.jsonl", lambda file: file.write(lines.encode()))
     figures.curves(state.history, out / "curves.png")
     tqdm.write(f"epoch {state.epoch:3d}  loss {state.history[-1]['loss']:.3f}  val R@1 {final['i2t']['r1']:.1f} / "
                f"{final['t2i']['r1']:.1f}  rsum {final['rsum']:.1f}{'  best' if best else ''}")
@@ -334,7 +328,7 @@ def report(model: torch.nn.Module, splits: dict, words: dict, tokenizer: BertTok
     if name == "val":
         print(f"{settings.dataset} has no test split here: the figures are those of val, which chose the checkpoint")
     result, images, texts = measure.measure(model, split, words[name], settings, device, precision)
-    runs.write_json(out / "metrics.json", result)
+    files.write_json(out / "metrics.json", result)
     print(measure.table(result))
     draw(model, split, images, texts, words[name], tokenizer, settings, out)
     print(f"run folder: {out}")
@@ -390,10 +384,14 @@ def parser() -> argparse.ArgumentParser:
                 if name == "tgdt" or each != values["tgdt"]:
                     same, value = len(set(each.values())) == 1, each["paper"]
                     note += f" ({name}: {value if same else ', '.join(f'{k} {v}' for k, v in each.items())})"
+        if kind is bool:
+            out.add_argument("--" + f.name.replace("_", "-"), action="store_true", default=None, help=note)
+            continue
         out.add_argument("--" + f.name.replace("_", "-"), type=kind, choices=f.metadata["choices"], help=note,
                          metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[kind])
     out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
-    out.add_argument("--workers", type=int, metavar="N", default=0, help="processes that read features (default 0)")
+    out.add_argument("--workers", type=int, metavar="N", default=0,
+                     help="processes that read features (default 0), or decode pictures (default: one a core)")
     out.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     out.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     return out

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
 
@@ -38,3 +39,24 @@ def flags(root, bert, tmp_path) -> list[str]:
     return ["--dataset", "flickr8k", "--data-root", str(root), "--text-encoder", str(bert), "--text-layers", "1",
             "--dim", "8", "--region-width", "8", "--feedforward", "16", "--batch-size", "4", "--epochs", "2",
             "--device", "cpu", "--out", str(tmp_path / "run")]
+
+
+def save_clip(folder: Path, seed: int = 0, size: int = 16) -> Path:
+    """A whole CLIP of random weights, as huggingface.co has them: its text half is to be left alone."""
+    torch.manual_seed(seed)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = CLIPConfig(text_config=small | {"vocab_size": 9, "max_position_embeddings": 8},
+                        vision_config=small | {"image_size": size, "patch_size": 8}, projection_dim=6)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
+    return folder
+
+
+def save_pictures(folder: Path, names: list[str], seed: int = 0) -> list[Path]:
+    """Noise of many sizes under these names."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (*rng.integers(20, 40, 2), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return [folder / name for name in names]

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 import batching
-from data import BadInput, Split
+from data import Split
+from files import BadInput
 
 
 @pytest.fixture

@@ -392,10 +392,79 @@ def test_no_features(tmp_path):
     bad(lambda: data.load("flickr30k", tmp_path / "none"), str(tmp_path / "none"), "no such folder")
     bad(lambda: data.load("flickr30k", None), "--data-root")
     bad(lambda: data.load("imagenet", tmp_path), "imagenet", "flickr30k")
-    everywhere = ("train_ims.npy", "f30k_precomp", "features_36", "kuanghuei/SCAN", "mesnico/TERAN", "pictures none")
+    everywhere = ("train_ims.npy", "f30k_precomp", "features_36", "kuanghuei/SCAN", "mesnico/TERAN",
+                  "dataset_flickr30k.json")
     bad(lambda: data.load("flickr30k", tmp_path), *everywhere)
     write_json(tmp_path / "dataset_flickr30k.json", {"images": [karpathy_image("x.jpg", "train", ["a caption"])]})
-    bad(lambda: data.load("flickr30k", tmp_path), *everywhere)  # captions and pictures alone do not do
+    bad(lambda: data.load("flickr30k", tmp_path, regions="files"), *everywhere)
+    assert data.load("flickr30k", tmp_path, ("train",))["train"].features is None  # to be computed from pictures
+
+
+# --------------------------------------------------------------------------------------------------- one's own pictures
+
+
+def own(folder: Path, text: str, name: str = "captions.csv") -> list:
+    (folder / name).write_text(text, encoding="utf8")
+    return data.own_entries(folder, 0)
+
+
+def test_a_table_of_one_s_own_pictures(tmp_path):
+    table = """\ufeffSplit, File ,Caption
+train,a b/é.jpg,"a red, round ball"
+val,1.jpg,a dog
+train,a b/é.jpg,a ball
+test,2.jpg, a cat 
+"""
+    entries = own(tmp_path, table)
+    assert [(e.file, e.split, e.captions) for e in entries] == [
+        (("", "a b/é.jpg"), "train", ["a red, round ball", "a ball"]), (("", "1.jpg"), "val", ["a dog"]),
+        (("", "2.jpg"), "test", ["a cat"])]
+    (tmp_path / "captions.csv").unlink()
+    lines = ['{"file": "a b/é.jpg", "caption": "a red, round ball", "split": "train"}', "",
+             '{"split": "dev", "File": "1.jpg", "caption": "a dog"}']
+    again = own(tmp_path, "\n".join(lines), "captions.jsonl")
+    assert [(e.file[1], e.split, e.captions) for e in again] == [
+        ("a b/é.jpg", "train", ["a red, round ball"]), ("1.jpg", "val", ["a dog"])]
+
+
+def test_splits_are_drawn_by_seed_and_not_by_order(tmp_path):
+    lines = [f"{i}.jpg,caption {i} {j}" for i in range(40) for j in range(2)]
+    first = {e.file: e.split for e in own(tmp_path, "\n".join(["file,caption", *lines]))}
+    again = {e.file: e.split for e in own(tmp_path, "\n".join(["file,caption", *lines[::-1]]))}
+    assert first == again and sorted(first.values()).count("val") == sorted(first.values()).count("test") == 4
+    other = {e.file: e.split for e in data.own_entries(tmp_path, 1)}
+    assert other != first and sorted(other.values()) == sorted(first.values())
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("", ["line 1", "file, caption"]),
+    ("image,caption\n1.jpg,a dog", ["line 1", "image, caption"]),
+    ("file,caption\n1.jpg,", ["line 2", "a file and a caption"]),
+    ("file,caption\n1.jpg,a dog, running", ["line 2", "quotes"]),
+    ('file,caption\n1.jpg,"a dog\n', ["line 2"]),
+    ("file,caption,split\n1.jpg,a dog,training", ["line 2", "'training'", "train, val or test"]),
+    ("file,caption,split\n1.jpg,a dog,train\n1.jpg,a cat,val", ["line 3", "1.jpg", "split val", "train above"]),
+    ("file,caption,split\n1.jpg,a dog,train\n2.jpg,a cat,", ["line 3", "no split"]),
+    ("file,caption\n1.jpg,a dog", ["1 pictures", "4 at least"]),
+])
+def test_bad_tables(tmp_path, text, expected):
+    bad(lambda: own(tmp_path, text), "captions.csv", *expected)
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"file": 3, "caption": "a"}', '{"caption": "a"}'])
+def test_bad_lines(tmp_path, line):
+    lines = '{"file": "1.jpg", "caption": "a"}\n' + line
+    bad(lambda: own(tmp_path, lines, "captions.jsonl"), "captions.jsonl", "line 2")
+
+
+def test_no_table_or_too_many(tmp_path):
+    bad(lambda: data.own_entries(tmp_path, 0), "captions.csv", "captions.jsonl", "found 0")
+    for name in ("a", "b"):
+        write_json(tmp_path / f"dataset_{name}.json", {"images": [karpathy_image("1.jpg", "train", ["a dog"])]})
+    bad(lambda: data.own_entries(tmp_path, 0), "found 2")
+    (tmp_path / "dataset_a.json").unlink()
+    assert data.load("folder", tmp_path, ("train",))["train"].captions == ["a dog"]
+    bad(lambda: data.load("folder", tmp_path, ("train",), "files"), "--regions files")
 
 
 def test_scenes():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import index
 import retrieve
 import train
-from data import BadInput
+from files import BadInput
 from twostage import Embeddings, cumulated, search
 
 

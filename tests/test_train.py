@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_clip
+from PIL import Image
 
+import files
 import retrieve
 import run as runs
 import tgdt
 import train
 import user
-from data import BadInput
+from files import BadInput
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,9 +88,6 @@ def test_a_run_of_the_unified_model_has_both(flags, tmp_path):
 @pytest.mark.parametrize("model", ["user", "tgdt-user"])
 def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys, model):
     """Pictures by Karpathy's JSON beside the SCAN files; the cache beside the data; evaluation reads it again."""
-    from PIL import Image
-    from test_clip_guide import save_clip
-
     pictured = tmp_path / "pictured"
     (pictured / "images").mkdir(parents=True)
     images = []
@@ -106,11 +106,16 @@ def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys
     flags += ["--model", model, "--guide", "clip", "--clip-model", str(clip), "--epochs", "1"]
     assert train.main(flags) == 0
     assert "guide.project.weight" in weights(out) and not any("vision" in name for name in weights(out))
-    kept = sorted((pictured / "clip").iterdir())
-    assert [path.name.split("-")[0] for path in kept] == ["train", "val"]
-    assert retrieve.main(["evaluate", str(out)]) == 0
+    kept = [path.name for path in (pictured / "cache").iterdir() if path.is_dir()]
+    assert len(kept) == 1 and kept[0].startswith("clip-guide-")
+    assert (pictured / "cache" / kept[0] / "clip").stat().st_size == 12 * 6 * 4
+    assert retrieve.main(["evaluate", str(out), "--clip-model", "nowhere"]) == 0  # all of it is kept
     assert retrieve.main(["search", str(out), "--image", "dev2.png"]) == 0
-    assert sorted((pictured / "clip").iterdir()) == kept
+    Image.new("RGB", (20, 20)).save(pictured / "images" / "dev3.png")
+    capsys.readouterr()
+    other = str(save_clip(tmp_path / "other", seed=1))
+    assert retrieve.main(["evaluate", str(out), "--clip-model", other]) == 2
+    assert "the model was trained on what" in capsys.readouterr().err
     (pictured / "images" / "dev3.png").unlink()
     capsys.readouterr()
     assert retrieve.main(["evaluate", str(out)]) == 2
@@ -118,25 +123,9 @@ def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys
     assert "1 of 4" in message and "image 3" in message and message.count("\n") == 1
     assert retrieve.main(["evaluate", str(out), "--data-root", str(root)]) == 2
     assert "4 of 4" in capsys.readouterr().err
-    wide = runs.read_json(out / "settings.json") | {"clip_model": str(save_wide_clip(tmp_path / "wide"))}
-    (out / "settings.json").write_text(json.dumps(wide))
-    assert retrieve.main(["evaluate", str(out), "--data-root", str(root)]) == 2
-    message = capsys.readouterr().err
-    assert "CLIP embeddings of 6 numbers" in message and "7" in message
-
-
-def save_wide_clip(folder: Path) -> Path:
-    from transformers import CLIPConfig, CLIPModel
-
-    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    CLIPModel(CLIPConfig(text_config=small, vision_config=small | {"image_size": 16, "patch_size": 8},
-                         projection_dim=7)).save_pretrained(folder)
-    return folder
 
 
 def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkeypatch):
-    from test_clip_guide import save_clip
-
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused([*flags, "--guide", "self"], capsys, "--guide self", "tgdt-user")
     guided = [*flags, "--model", "user", "--guide", "clip", "--clip-model"]
@@ -188,14 +177,14 @@ def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path,
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    runs.write_whole(path, lambda file: file.write(b"old and whole"))
+    files.write_whole(path, lambda file: file.write(b"old and whole"))
 
     def killed(file):
         file.write(b"new, ha")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.write_whole(path, killed)
+        files.write_whole(path, killed)
     assert path.read_bytes() == b"old and whole"
 
 

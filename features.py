@@ -1,0 +1,125 @@
+"""Where region features lie: in memory, in one array a split, in two files an image.
+
+A source has len() = N images, .dim = F, .path for messages, and
+.read(rows) -> regions [n, R, F] float32, boxes [n, R, 4] float32 in 0..1, mask [n, R] bool (True = a real region).
+Features stay on disk and a batch's rows are read by offset: a memory map's pages would count as our memory. What
+`extract.py` has computed from pictures is a fourth source, `store.Stored`.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from files import BadInput, explained
+
+TERAN = "linked from github.com/mesnico/TERAN"
+
+
+class InMemory:
+    """Features that are arrays already: regions [N, R, F], boxes [N, R, 4]."""
+
+    def __init__(self, path: str, regions: np.ndarray, boxes: np.ndarray):
+        self.path, self.regions, self.boxes, self.dim = path, regions, boxes, regions.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    def read(self, rows: Sequence[int]) -> tuple:
+        regions, boxes = self.regions[rows], self.boxes[rows]
+        return regions.astype(np.float32), boxes.astype(np.float32), np.ones(regions.shape[:2], bool)
+
+
+class OneArray:
+    """SCAN's `{split}_ims.npy`: [rows, R, F] float32 or float16, `repeat` rows in a run an image; boxes read as zeros.
+    Raises BadInput when opened if the file is no such array or cut short, when read for a NaN or an infinity."""
+
+    def __init__(self, path: Path):
+        self.path, self.repeat = path, 1
+        with explained(path, "a .npy file"), open(path, "rb") as file:
+            major = np.lib.format.read_magic(file)[0]
+            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
+            self.shape, fortran, self.dtype = read_header(file)
+            self.start = file.tell()
+        if len(self.shape) != 3 or 0 in self.shape or self.dtype not in (np.float32, np.float16) or fortran:
+            found = f"{self.dtype} {list(self.shape)} in {'Fortran' if fortran else 'C'} order"
+            raise BadInput(f"{path}: found {found}, expected float32 or float16 [images, regions, features] in C order")
+        self.dim, self.row_bytes = self.shape[2], self.shape[1] * self.shape[2] * self.dtype.itemsize
+        have, need = path.stat().st_size, self.start + self.shape[0] * self.row_bytes
+        if have < need:
+            row = max(0, have - self.start) // self.row_bytes
+            raise BadInput(f"{path}: cut short: {have} of {need} bytes, the first incomplete row is {row}")
+
+    def __len__(self) -> int:
+        return self.shape[0] // self.repeat
+
+    def read(self, rows: Sequence[int]) -> tuple:
+        regions = np.empty((len(rows), *self.shape[1:]), np.float32)
+        for place, image in enumerate(rows):
+            row = int(image) * self.repeat
+            with explained(self.path, f"{self.row_bytes} bytes for row {row}"):
+                stored = np.fromfile(self.path, self.dtype, regions[0].size, offset=self.start + row * self.row_bytes)
+                regions[place] = stored.reshape(self.shape[1:])
+            if not np.isfinite(regions[place]).all():
+                raise BadInput(f"{self.path}: NaN or infinity in row {row} (image {image})")
+        return regions, np.zeros((*regions.shape[:2], 4), np.float32), np.ones(regions.shape[:2], bool)
+
+
+class ManyFiles:
+    """Bottom-up files: `bu_att/{id}.npz` with key `feat` [R, F] and `bu_box/{id}.npy` [R, 4] in pixels, for each image.
+
+    Boxes are divided by the picture's size, as the annotations or else the picture tell; failing both, by the largest
+    x2 and y2 of the image's boxes: a detector's boxes nearly always touch the border. Batches are padded to the most
+    regions. Raises BadInput when opened for missing files, when read for damaged or unfitting ones."""
+
+    def __init__(self, path: Path, ids: list[int], sizes: list[tuple | None], pictures: list[Path | None]):
+        self.path, self.ids, self.sizes, self.pictures = path, ids, sizes, pictures
+        for folder, ending in (("bu_att", "npz"), ("bu_box", "npy")):
+            with explained(path / folder, f"a folder of bottom-up files, {TERAN}"):
+                there = set(os.listdir(path / folder))
+            missing = [file for i in ids if (file := f"{i}.{ending}") not in there]
+            if missing:
+                raise BadInput(f"{path / folder / missing[0]}: missing, as are {len(missing) - 1} more of {len(ids)}")
+        self.dim = read_array(path / "bu_att" / f"{ids[0]}.npz", "feat").shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, rows: Sequence[int]) -> tuple:
+        images = [self.image(int(row)) for row in rows]
+        shape = (len(images), max(len(feat) for feat, _ in images))
+        regions, boxes = np.zeros((*shape, self.dim), np.float32), np.zeros((*shape, 4), np.float32)
+        mask = np.zeros(shape, bool)
+        for place, (feat, box) in enumerate(images):
+            regions[place, : len(feat)], boxes[place, : len(feat)], mask[place, : len(feat)] = feat, box, True
+        return regions, boxes, mask
+
+    def image(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image's features [R, F] and its boxes [R, 4] in 0..1."""
+        feat_file = self.path / "bu_att" / f"{self.ids[row]}.npz"
+        box_file = self.path / "bu_box" / f"{self.ids[row]}.npy"
+        feat, box = read_array(feat_file, "feat"), read_array(box_file)
+        for file, array, shape in ((feat_file, feat, [max(1, len(feat)), self.dim]), (box_file, box, [len(feat), 4])):
+            if list(array.shape) != shape:
+                raise BadInput(f"{file}: found shape {list(array.shape)}, expected {shape} (regions first)")
+            if not np.isfinite(array).all():
+                raise BadInput(f"{file}: NaN or infinity (image {row})")
+        if self.sizes[row] is None:
+            picture = self.pictures[row]
+            with explained(picture, "a picture"):
+                self.sizes[row] = Image.open(picture).size if picture else tuple(box[:, 2:].max(0).tolist())
+        width, height = self.sizes[row]
+        outside = max(-box.min(), (box - (width, height, width, height)).max())
+        if outside > 1 or min(width, height) <= 0:  # a pixel is rounding
+            raise BadInput(f"{box_file}: a box lies {outside:g} pixels outside its {width:g} x {height:g} picture")
+        return feat, (box / (width, height, width, height)).clip(0, 1)
+
+
+def read_array(path: Path, key: str | None = None, dtype: type = np.float32) -> np.ndarray:
+    """The array of a .npy file, or the one called `key` of a .npz archive; never a pickle."""
+    with explained(path, f"an .npz archive with key '{key}'" if key else "a .npy array"):
+        array = np.load(path, allow_pickle=False)
+        return np.atleast_1d((array[key] if key else array).astype(dtype, casting="same_kind"))

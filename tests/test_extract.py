@@ -1,0 +1,340 @@
+"""extract.py: one pass over the pictures, nothing computed twice, nothing stale; and the whole way by command line."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import WORDS, save_clip, save_pictures
+from PIL import Image
+
+import data
+import extract
+import frozen
+import photos
+import retrieve
+import train
+from files import BadInput
+from run import Settings
+
+
+class Means:
+    """A network that says of a picture its mean colour; it remembers which it has seen."""
+
+    def __init__(self, seen: list, weights: str = "w"):
+        self.seen, self.prepare = seen, prepare
+        self.identity = {"kind": "grid", "network": "means", "weights": weights, "regions": 2, "dim": 3}
+
+    def look(self, batch: dict) -> dict:
+        colours = batch["pixels"].numpy()
+        self.seen += colours.tolist()
+        return {"regions": np.repeat(colours[:, None], 2, 1), "boxes": np.zeros((len(colours), 2, 4)),
+                "count": np.full(len(colours), 2)}
+
+
+def prepare(picture: Image.Image) -> dict:
+    return {"pixels": torch.from_numpy(np.asarray(picture, np.float32).mean((0, 1)))}
+
+
+def colour(path: Path) -> list[float]:
+    return np.asarray(Image.open(path), np.float32).mean((0, 1)).tolist()
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list:
+    seen: list = []
+    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen))
+    monkeypatch.setitem(extract.BATCH, "grid", 2)
+    return seen
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    save_pictures(tmp_path, [f"{i}.png" for i in range(5)])
+    return tmp_path
+
+
+def settings(root: Path, **more) -> Settings:
+    return Settings(dataset="folder", data_root=str(root), regions="grid", **more)
+
+
+def split(root: Path, names: list[str], name: str = "train") -> data.Split:
+    found = photos.find(root, [("", each) for each in names])
+    captions = [f"{each} {i}" for each in names for i in range(2)]
+    return data.Split(name, captions, np.arange(len(names)).repeat(2), None, names, found)
+
+
+def features(split: data.Split) -> list:
+    return split.features.read(np.arange(len(split.features)))[0][:, 0].tolist()
+
+
+def run(root: Path, names: list[str], **more) -> data.Split:
+    own = split(root, names)
+    extract.prepare({"train": own}, settings(root, **more), root / "run")
+    return own
+
+
+ALL = [f"{i}.png" for i in range(5)]
+
+
+def test_each_picture_is_computed_once_for_all_splits(root, seen):
+    splits = {"train": split(root, ALL[:3]), "val": split(root, ALL[3:], "val")}
+    found = extract.prepare(splits, settings(root), root / "run")
+    assert found["regions"]["network"] == "means" and found["clip"] is None
+    assert np.allclose(features(splits["train"]) + features(splits["val"]), [colour(root / name) for name in ALL])
+    assert len(seen) == 5
+    other = run(root, [ALL[4], ALL[0]])  # another order, another split: all there
+    assert np.allclose(features(other), [colour(root / ALL[4]), colour(root / ALL[0])]) and len(seen) == 5
+
+
+def test_only_what_is_new_is_computed(root, seen):
+    run(root, ALL[:3])
+    run(root, ALL)
+    assert len(seen) == 5
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(root / "1.png")           # edited
+    shutil.copy(root / "2.png", root / "copy.png")                     # copied
+    (root / "deep").mkdir()
+    (root / "3.png").rename(root / "deep" / "3.png")                   # moved
+    os.utime(root / "4.png", ns=(0, 0))                                # touched
+    names = ["0.png", "1.png", "2.png", "copy.png", "deep/3.png", "4.png"]
+    found = run(root, names)
+    assert seen[5:] == [[1, 2, 3]]
+    assert np.allclose(features(found), [colour(root / name) for name in names])
+
+
+def test_twins_in_one_batch_are_computed_once(root, seen):
+    shutil.copy(root / "0.png", root / "00.png")
+    found = run(root, ["0.png", "00.png"])
+    assert len(seen) == 1 and np.allclose(features(found), [colour(root / "0.png")] * 2)
+
+
+def test_other_weights_or_another_precision_have_a_store_of_their_own(root, seen, monkeypatch):
+    first = run(root, ALL)
+    assert len(seen) == 5
+    half = run(root, ALL, feature_dtype="float16")
+    assert len(seen) == 10 and half.features.path != first.features.path
+    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen, "other"))
+    assert run(root, ALL).features.path != first.features.path and len(seen) == 15
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_extraction_goes_on_where_it_was_stopped(root, seen, monkeypatch, capsys, stop):
+    class Stops(Means):
+        def look(self, batch):
+            if len(self.seen) >= 2:
+                raise stop("here")
+            return super().look(batch)
+
+    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Stops(seen))
+    with pytest.raises(stop):
+        run(root, ALL)
+    assert len(seen) == 2 and (stop is RuntimeError or "2 of 5" in capsys.readouterr().out)
+    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen))
+    assert np.allclose(features(run(root, ALL)), [colour(root / name) for name in ALL]) and len(seen) == 5
+
+
+def test_workers_see_the_same(root, seen, monkeypatch):
+    monkeypatch.setattr(extract, "FEW", 0)
+    (root / "2.png").write_bytes(b"no picture")
+    own = split(root, ALL)
+    extract.prepare({"train": own}, settings(root, skip_bad=True), root / "run", workers=2)
+    assert np.allclose(features(own), [colour(root / name) for name in ALL if name != "2.png"])
+
+
+def test_bad_pictures_are_reported_after_all_others_are_safe(root, seen, capsys):
+    (root / "1.png").write_bytes(b"no picture")
+    names = [*ALL, "nowhere é.png"]
+    with pytest.raises(BadInput) as error:
+        run(root, names)
+    for part in ("2 of 6 pictures", "1.png", "--skip-bad", str(root / "cache" / "bad_pictures.txt")):
+        assert part in str(error.value)
+    listed = (root / "cache" / "bad_pictures.txt").read_text(encoding="utf8").splitlines()
+    assert len(listed) == 2 and "1.png" in listed[0] and "nowhere é.png: no such picture" in listed[1]
+    assert len(seen) == 4
+    found = run(root, names, skip_bad=True)
+    assert "2 of 6" in capsys.readouterr().out and len(seen) == 4
+    assert found.image_names == ["0.png", "2.png", "3.png", "4.png"] and len(found.pictures) == 4
+    assert np.allclose(features(found), [colour(root / name) for name in found.image_names])
+    assert found.captions == [f"{name} {i}" for name in found.image_names for i in range(2)]
+    assert found.image_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(BadInput, match="no picture of split train"):
+        run(root, ["1.png"], skip_bad=True)
+
+
+def test_regions_and_the_clip_guide_in_one_pass(root, seen, tmp_path_factory, monkeypatch):
+    clip = save_clip(tmp_path_factory.mktemp("clip"))
+    opened = []
+    read = photos.read
+    monkeypatch.setattr(photos, "read", lambda *given: opened.append(given[0]) or read(*given))
+    own = split(root, ALL)
+    guided = settings(root, model="user", guide="clip", clip_model=str(clip))
+    found = extract.prepare({"train": own}, guided, root / "run")
+    assert len(opened) == 5 and own.clip.shape == (5, 6) and found["clip"]["dim"] == 6
+    network = frozen.Clip(str(clip))
+    want = [network.look({name: value[None] for name, value in network.prepare(read(root / each)).items()})["clip"][0]
+            for each in ALL]
+    assert np.allclose(own.clip, want, atol=1e-5)
+    other = settings(root, model="user", guide="clip", clip_model=str(save_clip(tmp_path_factory.mktemp("clip"), 1)))
+    again = split(root, ALL)
+    extract.prepare({"train": again}, other, root / "run")  # another CLIP: its own store, the regions' as before
+    assert len(seen) == 5 and not np.allclose(again.clip, own.clip, atol=1e-3)
+
+
+def test_pixels_in_memory_are_looked_at_once_too(seen, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    chosen = Settings(regions="grid", cache=str(tmp_path))
+    for _ in range(2):
+        own = data.Split("val", ["a"] * 4, np.arange(4), None, list("abcd"), pixels)
+        extract.prepare({"val": own}, chosen, tmp_path)
+        assert np.allclose(features(own), pixels.astype(np.float32).mean((1, 2)))
+    assert len(seen) == 4
+
+
+def test_a_model_keeps_to_the_network_it_was_trained_with(root, seen, monkeypatch):
+    found = extract.prepare({"train": split(root, ALL[:4])}, settings(root), root / "run")
+
+    def gone(settings, device):
+        raise BadInput("the network is gone")
+
+    monkeypatch.setattr(extract, "regions_network", gone)
+    extract.prepare({"val": split(root, ALL[:4])}, settings(root), root / "run", wanted=found)  # nothing is missing
+    with pytest.raises(BadInput, match="gone"):
+        extract.prepare({"val": split(root, ALL)}, settings(root), root / "run", wanted=found)
+    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen, "other"))
+    with pytest.raises(BadInput, match="trained on what means sees.*weights w.*weights other"):
+        extract.prepare({"val": split(root, ALL)}, settings(root), root / "run", wanted=found)
+
+
+def test_the_cache_lies_beside_the_data_or_else_beside_the_run(tmp_path):
+    assert extract.cache_folder(settings(tmp_path), tmp_path / "run") == tmp_path / "cache"
+    assert extract.cache_folder(settings(tmp_path / "nowhere"), tmp_path / "run") == tmp_path / "run" / "cache"
+    assert extract.cache_folder(Settings(), tmp_path / "run") == tmp_path / "run" / "cache"
+    assert extract.cache_folder(settings(tmp_path, cache="else"), tmp_path / "run") == Path("else")
+
+
+# --------------------------------------------------------------------------------------- the whole way, by command line
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, list[str]]:
+    """For each kind of regions the flags that name a small network of random weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    small = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    torch.save(torchvision.models.get_model(small, weights=None, weights_backbone=None, num_classes=3).state_dict(),
+               folder / "detector.pth")
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), folder / "grid.pth")
+    return {"detector": ["--region-network", small, "--region-weights", str(folder / "detector.pth"), "--boxes", "3",
+                         "--picture-side", "64"],
+            "grid": ["--region-network", "mobilenet_v3_small", "--region-weights", str(folder / "grid.pth"), "--boxes",
+                     "4", "--picture-side", "64"],
+            "clip": ["--clip-model", str(save_clip(folder / "clip"))]}
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A folder of one's own: 20 pictures, two captions each in a table that names no splits."""
+    folder = tmp_path / "own pictures"
+    names = [f"album é/{i}.png" for i in range(20)]
+    save_pictures(folder, names)
+    rng = np.random.default_rng(0)
+    lines = [f'"{name}","{" ".join(rng.choice(WORDS, 6))}"' for name in names for _ in range(2)]
+    (folder / "captions.csv").write_text("\n".join(["file,caption", *lines]), encoding="utf8")
+    return folder
+
+
+def small(flags: list[str], root: Path) -> list[str]:
+    flags = list(flags)
+    flags[flags.index("--dataset") + 1], flags[flags.index("--data-root") + 1] = "folder", str(root)
+    return [*flags, "--epochs", "1"]
+
+
+@pytest.mark.parametrize("kind", ["detector", "grid", "clip"])
+def test_from_pictures_to_a_model_and_a_search(kind, flags, own, weights, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*small(flags, own), "--regions", kind, *weights[kind]]) == 0
+    assert {"retrieval.png", "alignment.png", "metrics.json"} <= {path.name for path in folder.iterdir()}
+    assert json.loads((folder / "metrics.json").read_text())["images"] == 2 and (own / "cache").is_dir()
+    assert retrieve.main(["evaluate", str(folder), "--split", "val"]) == 0
+
+    new = tmp_path / "holiday"
+    names = ["a.png", "with space.png", "é/b.png"]
+    save_pictures(new, names, seed=3)
+    capsys.readouterr()
+    index = tmp_path / "index"
+    assert retrieve.main(["index", str(folder), "--images", str(new), "--out", str(index)]) == 0
+    assert "3 images and 0 captions" in capsys.readouterr().out
+    assert not (new / "cache").exists()  # one's pictures are left alone
+    sheet = tmp_path / "found.png"
+    assert retrieve.main(["search", str(index), "a red dog", "--json", "--save", str(sheet)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[0])["found"]
+    assert sorted(item["name"] for item in found) == names and sheet.is_file()
+    assert retrieve.main(["search", str(folder), "--image", str(new / "a.png")]) == 0  # any file finds captions
+    assert retrieve.main(["search", str(index), "--image", str(new / "a.png")]) == 2
+    assert "without captions" in capsys.readouterr().err
+
+
+def test_a_picture_more_is_a_picture_more_in_the_index(flags, own, weights, tmp_path, capsys, monkeypatch):
+    assert train.main([*small(flags, own), "--regions", "grid", *weights["grid"]]) == 0
+    run, index = str(tmp_path / "run"), str(tmp_path / "index")
+    assert retrieve.main(["index", run, "--images", str(own), "--out", index]) == 0
+    save_pictures(own, ["new.png"], seed=9)
+    (own / "broken.jpg").write_bytes(b"no picture")
+    assert retrieve.main(["index", run, "--images", str(own), "--out", index]) == 2
+    assert "broken.jpg" in capsys.readouterr().err
+    looked = []
+    look = frozen.Grid.look
+    monkeypatch.setattr(frozen.Grid, "look", lambda *given: looked.append(len(given[1]["pixels"])) or look(*given))
+    assert retrieve.main(["index", run, "--images", str(own), "--out", index, "--skip-bad"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 22 pictures" in out and "21 images" in out and sum(looked) == 0  # the new one was kept before
+
+
+def test_a_run_is_searched_with_its_own_kind_of_regions_only(flags, own, weights, root, tmp_path, capsys):
+    """Trained on files: nobody knows what computed them. Trained by other weights: refused by name."""
+    assert train.main([*flags[:-2], "--epochs", "1", "--out", str(tmp_path / "files"), "--data-root",
+                       str(make_scan(tmp_path / "scan"))]) == 0
+    assert retrieve.main(["index", str(tmp_path / "files"), "--images", str(root), "--out", str(tmp_path / "i")]) == 2
+    assert "feature files" in capsys.readouterr().err
+    assert train.main([*small(flags, own), "--regions", "grid", *weights["grid"]]) == 0
+    torch.manual_seed(5)
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "other.pth")
+    assert retrieve.main(["index", str(tmp_path / "run"), "--images", str(root), "--out", str(tmp_path / "i"),
+                          "--region-weights", str(tmp_path / "other.pth")]) == 2
+    assert "the model was trained on what mobilenet_v3_small sees (weights" in capsys.readouterr().err
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "2"]) == 0  # from the cache alone
+
+
+def make_scan(folder: Path) -> Path:
+    folder.mkdir()
+    for name, images in (("train", 8), ("dev", 4)):
+        np.save(folder / f"{name}_ims.npy", np.random.default_rng(0).normal(size=(images, 3, 6)).astype(np.float32))
+        (folder / f"{name}_caps.txt").write_text("\n".join(["a red dog"] * images))
+    return folder
+
+
+def test_karpathy_s_json_and_the_pictures_are_enough(flags, own, weights, tmp_path, capsys):
+    images = [{"filename": f"{i}.png", "filepath": "album é", "split": ["train", "val"][i % 5 == 0],
+               "sentences": [{"raw": "a red dog runs"}, {"raw": "a blue cat"}]} for i in range(20)]
+    (own / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    flags = [*flags, "--data-root", str(own), "--epochs", "1", *weights["detector"]]
+    assert train.main(flags) == 0  # no --regions: there are no feature files, so the detector looks
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["regions"] == "detector"
+    assert "flickr8k has no test split" in capsys.readouterr().out
+    assert retrieve.main(["search", str(tmp_path / "run"), "--image", "0.png"]) == 0
+
+
+def test_a_picture_that_is_missing_for_the_guide_is_named(root, clip_folder):
+    splits = {"train": split(root, ["0.png", "no.png", "none.png"])}
+    splits["train"].features = object()  # from files
+    with pytest.raises(BadInput, match=r"2 of 3 of split train.*image 1 \(no.png\)"):
+        extract.prepare(splits, Settings(model="user", guide="clip", clip_model=str(clip_folder),
+                                         data_root=str(root)), root)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))

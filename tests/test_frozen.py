@@ -1,0 +1,209 @@
+"""frozen.py: networks of random weights against what torchvision and transformers compute step by step."""
+import urllib.error
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import save_clip
+from PIL import Image
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
+
+import frozen
+from files import BadInput
+
+SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, str]:
+    """Files of random weights, by the network's name."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    nets = {SMALL: torchvision.models.get_model(SMALL, weights=None, weights_backbone=None, num_classes=5),
+            "resnet18": torchvision.models.resnet18()}
+    for name, net in nets.items():
+        torch.save(net.state_dict(), folder / f"{name}.pth")
+    return {name: str(folder / f"{name}.pth") for name in nets}
+
+
+@pytest.fixture(scope="module")
+def detector(weights) -> frozen.Detector:
+    return frozen.Detector(SMALL, weights[SMALL], 7, 96)
+
+
+@pytest.fixture(scope="module")
+def grid(weights) -> frozen.Grid:
+    return frozen.Grid("resnet18", weights["resnet18"], 4, 64)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[frozen.Clip]:
+    folder = tmp_path_factory.mktemp("clips")
+    return [frozen.Clip(str(save_clip(folder / str(seed), seed))) for seed in range(2)]
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).resize((w, h)) for w, h in sizes]
+
+
+SIZES = (50, 40), (40, 60), (1, 1), (300, 4)
+
+
+def batch(network, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    prepared = [network.prepare(image) for image in images]
+    return {name: torch.stack([each[name] for each in prepared]) for name in prepared[0]}
+
+
+@pytest.mark.parametrize("which", ["detector", "grid", "patches", "windows", "guide"])
+def test_a_picture_is_seen_alike_whatever_stands_beside_it(which, detector, grid, clips, request):
+    network = {"detector": detector, "grid": grid, "windows": frozen.SceneWindows(), "guide": clips[0]}.get(which)
+    network = network or frozen.Patches(clips[0].name)
+    images = pictures(*SIZES)
+    whole = network.look(batch(network, images))
+    for row, image in enumerate(images):
+        alone = network.look(batch(network, [image]))
+        for name, value in whole.items():
+            assert np.allclose(alone[name][0], value[row], atol=1e-4), name
+    shapes = {"regions": (network.identity.get("regions"), network.dim), "boxes": (network.identity.get("regions"), 4),
+              "count": (), "clip": (network.dim,)}
+    assert {name: value.shape for name, value in whole.items()} == {
+        name: (len(SIZES), *shapes[name]) for name in whole}
+
+
+@pytest.mark.parametrize("which", ["detector", "grid", "windows"])
+def test_boxes_lie_in_the_picture(which, detector, grid):
+    network = {"detector": detector, "grid": grid, "windows": frozen.SceneWindows()}[which]
+    seen = network.look(batch(network, pictures(*SIZES)))
+    for boxes, count in zip(seen["boxes"], seen["count"], strict=True):
+        assert 1 <= count <= len(boxes)
+        boxes = boxes[: int(count)]
+        assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-6 and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_detector_s_features_are_pooled_in_its_boxes(detector):
+    """Step by step for one picture, with torchvision's own parts: the boxes given back, pooled again."""
+    prepared = batch(detector, pictures((50, 40)))
+    seen, net = detector.look(prepared), detector.net
+    count, (height, width) = int(seen["count"][0]), prepared["size"][0].tolist()
+    assert (height, width) == (77, 96)
+    boxes = torch.from_numpy(seen["boxes"][0, :count]) * torch.tensor([width, height, width, height])
+    with torch.no_grad():
+        pixels = (prepared["pixels"].float() / 255 - detector.mean) / detector.std
+        pooled = net.roi_heads.box_roi_pool(net.backbone(pixels), [boxes], [(height, width)])
+        assert np.allclose(net.roi_heads.box_head(pooled), seen["regions"][0, :count], atol=1e-3)
+
+
+def test_the_likeliest_of_overlapping_boxes_stays(detector):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [30, 30, 40, 40], [90, 90, 120, 99], [5, 5, 5.5, 20]])
+    scores = torch.tensor([0.5, 0.9, 0.3, 0.2, 1.0])
+    kept = detector.best(boxes, scores, (80, 100))
+    assert kept.tolist() == [[1, 0, 11, 10], [30, 30, 40, 40]]     # the fourth is outside, the fifth is no pixel wide
+    assert detector.best(boxes[4:], scores[4:], (80, 100)).tolist() == [[0, 0, 100, 80]]
+    many = torch.cat([torch.arange(20)[:, None] * 4.0, torch.zeros(20, 1)], 1)
+    assert len(detector.best(torch.cat([many, many + 3], 1), torch.rand(20), (96, 96))) == detector.count
+
+
+def test_a_grid_is_the_last_feature_map(grid, weights):
+    net = torchvision.models.resnet18()
+    net.load_state_dict(torch.load(weights["resnet18"], weights_only=True))
+    prepared = batch(grid, pictures(*SIZES))
+    with torch.no_grad():
+        trunk = torch.nn.Sequential(*list(net.eval().children())[:-2])
+        pixels = prepared["pixels"].float().permute(0, 2, 3, 1) / 255
+        pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+        maps = trunk(pixels.permute(0, 3, 1, 2))                                                    # [B, 512, 2, 2]
+    seen = grid.look(prepared)
+    assert np.allclose(seen["regions"][:, 1], maps[:, :, 0, 1], atol=1e-4)
+    assert seen["boxes"][0].tolist() == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
+    with pytest.raises(BadInput, match="--boxes 35"):
+        frozen.Grid("resnet18", weights["resnet18"], 35, 64)
+
+
+def test_patches_and_the_guide_are_those_of_the_whole_clip(clips):
+    whole = CLIPModel.from_pretrained(clips[0].name).eval()
+    images, patches = pictures(*SIZES), frozen.Patches(clips[0].name)
+    with torch.inference_mode():
+        inputs = clips[0].processor(images=images, return_tensors="pt")
+        want = torch.nn.functional.normalize(whole.get_image_features(**inputs).pooler_output, dim=1)
+        seen = clips[0].look(batch(clips[0], images))["clip"]
+        square = clips[0].processor(images=[image.resize((16, 16), 3) for image in images], return_tensors="pt")
+        slots = whole.vision_model.post_layernorm(whole.vision_model(**square).last_hidden_state)[:, 1:]
+    assert seen.dtype == np.float32 and np.allclose(seen, want, atol=1e-5)
+    assert np.allclose(patches.look(batch(patches, images))["regions"], slots, atol=1e-4)
+
+
+def test_what_decides_the_output_decides_the_identity(detector, grid, weights, clips, tmp_path):
+    same = frozen.Grid("resnet18", weights["resnet18"], 4, 64)
+    assert same.identity == grid.identity
+    torch.manual_seed(1)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
+    others = [frozen.Grid("resnet18", str(tmp_path / "other.pth"), 4, 64),
+              frozen.Grid("resnet18", weights["resnet18"], 9, 64), frozen.Grid("resnet18", weights["resnet18"], 4, 32),
+              detector, frozen.Patches(clips[0].name), frozen.Patches(clips[1].name), *clips]
+    identities = [network.identity for network in (same, *others)]
+    identities = [{name: value for name, value in one.items() if not str(value).startswith("/")} for one in identities]
+    assert all(one != other for i, one in enumerate(identities) for other in identities[:i])
+
+
+def test_weights_that_are_not_to_be_had_are_told_at_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def unreachable(*given, **more):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    for make, file in ((partial(frozen.Detector, "fasterrcnn_resnet50_fpn_v2"), "fasterrcnn_resnet50_fpn_v2_coco"),
+                       (partial(frozen.Grid, "resnet50"), "resnet50-")):
+        with pytest.raises(BadInput) as error:
+            make("", 36, 64)
+        for part in (str(tmp_path / "checkpoints" / file), "https://download.pytorch.org/models/", "--region-weights"):
+            assert part in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_networks_and_weights_that_do_not_fit_are_refused(weights, tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save([1], tmp_path / "list.pth")
+    for make, told in (
+        (partial(frozen.Detector, "resnet18", weights["resnet18"]), "--region-network resnet18: expected a detection"),
+        (partial(frozen.Detector, "retinanet_resnet50_fpn", weights["resnet18"]), "two-stage"),
+        (partial(frozen.Detector, "fasterrcnn_resnet50_fpn", weights[SMALL]), "not the weights of fasterrcnn_resnet50"),
+        (partial(frozen.Grid, "resnet50", weights["resnet18"]), "not the weights of resnet50"),
+        (partial(frozen.Grid, "nonet", ""), "--region-network nonet"),
+        (partial(frozen.Grid, "densenet121", weights["resnet18"]), "avgpool"),
+        (partial(frozen.Grid, "resnet18", "COCO_V9"), "--region-weights COCO_V9: neither a file nor one of IMAGENET1K"),
+        (partial(frozen.Grid, "resnet18", str(tmp_path / "text.pth")), "text.pth: expected a state dict"),
+        (partial(frozen.Grid, "resnet18", str(tmp_path / "list.pth")), "list.pth: expected a state dict"),
+    ):
+        with pytest.raises(BadInput) as error:
+            make(4, 64)
+        assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_classifier_of_other_classes_may_be_used(tmp_path):
+    torch.save(torchvision.models.mobilenet_v3_small(num_classes=7).state_dict(), tmp_path / "own.pth")
+    assert frozen.Grid("mobilenet_v3_small", str(tmp_path / "own.pth"), 4, 64).dim == 576
+
+
+def test_a_folder_without_a_processor_prepares_pictures_as_clip_does(clips, tmp_path):
+    folder = save_clip(tmp_path / "clip")
+    (folder / "preprocessor_config.json").unlink()
+    bare, images = frozen.Clip(str(folder)), pictures((30, 20))
+    assert np.allclose(bare.look(batch(bare, images))["clip"], clips[0].look(batch(clips[0], images))["clip"],
+                       atol=1e-6)
+
+
+def test_no_clip_ends_in_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BadInput, match="--clip-model") as error:
+        frozen.Clip(str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    CLIPTextModel(CLIPTextConfig(**small)).save_pretrained(tmp_path / "text")
+    with pytest.raises(BadInput, match="vis|cannot load"):  # never random numbers for weights that are not there
+        frozen.Clip(str(tmp_path / "text"))
+    assert Path(tmp_path / "text").is_dir()

@@ -1,0 +1,126 @@
+"""photos.py: whatever people's picture files hold."""
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import photos
+from files import BadInput
+
+RED, GREEN = (200, 30, 30), (30, 160, 60)
+
+
+def halves(size: tuple[int, int] = (40, 20)) -> Image.Image:
+    """Red on the left, green on the right."""
+    image = Image.new("RGB", size, RED)
+    image.paste(GREEN, (size[0] // 2, 0, *size))
+    return image
+
+
+def near(image: Image.Image, place: tuple[float, float], colour: tuple[int, int, int], within: int = 12) -> bool:
+    x, y = (min(int(part * length), length - 1) for part, length in zip(place, image.size, strict=True))
+    return max(abs(a - b) for a, b in zip(image.getpixel((x, y)), colour, strict=True)) <= within
+
+
+@pytest.mark.parametrize(("name", "mode", "options"), [
+    ("plain.jpg", "RGB", {"quality": 95}), ("plain.png", "RGB", {}), ("cmyk.jpg", "CMYK", {"quality": 95}),
+    ("palette.png", "P", {}), ("palette.gif", "P", {}), ("lossless.webp", "RGB", {"lossless": True}),
+    ("with spaces and é.png", "RGB", {}), ("alpha.png", "RGBA", {}), ("bitmap.bmp", "RGB", {}), ("t.tiff", "RGB", {}),
+])
+def test_every_usual_kind_reads_the_same(tmp_path, name, mode, options):
+    halves().convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / name, **options)
+    image = photos.read(tmp_path / name)
+    assert image.mode == "RGB" and image.size == (40, 20)
+    assert near(image, (0.2, 0.5), RED) and near(image, (0.8, 0.5), GREEN)
+    again = photos.read(tmp_path / name, (tmp_path / name).read_bytes())
+    assert np.array_equal(np.asarray(again), np.asarray(image))
+
+
+def test_transparency_is_white(tmp_path):
+    clear = halves().convert("RGBA")
+    clear.paste((0, 0, 0, 0), (20, 0, 40, 20))
+    clear.save(tmp_path / "alpha.png")
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([*RED, *GREEN])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "grey.png")
+    assert near(photos.read(tmp_path / "alpha.png"), (0.8, 0.5), (255, 255, 255), 0)
+    assert near(photos.read(tmp_path / "alpha.png"), (0.2, 0.5), RED, 0)
+    for name in ("palette.png", "grey.png"):
+        assert near(photos.read(tmp_path / name), (0.5, 0.5), (255, 255, 255), 0)
+
+
+def test_grey_and_sixteen_bits(tmp_path):
+    values = np.array([[0, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray(values).save(tmp_path / "deep.tiff")
+    Image.fromarray((values >> 8).astype(np.uint8)).save(tmp_path / "grey.png")
+    for name in ("deep.png", "deep.tiff", "grey.png"):
+        assert np.asarray(photos.read(tmp_path / name))[0, :, 0] == pytest.approx([0, 128, 255], abs=1), name
+
+
+def test_a_picture_is_turned_upright(tmp_path):
+    turned = halves().transpose(Image.Transpose.ROTATE_90)  # as a camera writes it that was held on its side
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "side.jpg", exif=exif, quality=95)
+    image = photos.read(tmp_path / "side.jpg")
+    assert image.size == (40, 20) and near(image, (0.2, 0.5), RED) and near(image, (0.8, 0.5), GREEN)
+
+
+def test_odd_sizes(tmp_path):
+    Image.new("RGB", (1, 1), RED).save(tmp_path / "one.png")
+    halves((20_000, 10)).save(tmp_path / "wide.png")
+    halves((7000, 3600)).save(tmp_path / "large.jpg", quality=95)
+    assert photos.read(tmp_path / "one.png").size == (1, 1)
+    wide = photos.read(tmp_path / "wide.png")
+    assert wide.size == (20_000, 10) and near(wide, (0.9, 0.5), GREEN)
+    large = photos.read(tmp_path / "large.jpg")  # halved while it is decoded, and still large enough
+    assert large.size == (3500, 1800) and min(large.size) >= photos.ENOUGH
+    assert near(large, (0.2, 0.5), RED) and near(large, (0.8, 0.5), GREEN)
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path, monkeypatch):
+    halves().save(tmp_path / "good.jpg")
+    whole = (tmp_path / "good.jpg").read_bytes()
+    halves((400, 400)).save(tmp_path / "good.png")
+    for name, content in (("cut.jpg", whole[: len(whole) * 2 // 3]), ("text.jpg", b"hello"), ("empty.png", b""),
+                          ("cut.png", (tmp_path / "good.png").read_bytes()[:150])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInput, match=name) as error:
+            photos.read(tmp_path / name)
+        assert "\n" not in str(error.value)
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(BadInput, match="float.tiff.*range"):
+        photos.read(tmp_path / "float.tiff")
+    with pytest.raises(BadInput, match="nowhere"):
+        photos.read(tmp_path / "nowhere.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(BadInput, match="good.png"):
+        photos.read(tmp_path / "good.png")
+
+
+def test_pictures_are_found_in_the_usual_folders_and_by_either_spelling(tmp_path):
+    accented = "caf\u00e9 1.png"
+    for place in ("a.png", "images/b.png", "deep/er/c.png", f"images/{unicodedata.normalize('NFD', accented)}"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        halves((2, 2)).save(tmp_path / place)
+    wanted = [("", "a.png"), ("", "b.png"), ("deep/er", "c.png"), ("", "deep/er/c.png"), ("", "none.png"), None,
+              ("", accented), ("gone", "b.png")]
+    found = photos.find(tmp_path, wanted)
+    assert [None if path is None else unicodedata.normalize("NFC", path.relative_to(tmp_path).as_posix())
+            for path in found] == ["a.png", "images/b.png", "deep/er/c.png", "deep/er/c.png", None, None,
+                                   f"images/{accented}", "images/b.png"]
+
+
+def test_a_folder_is_listed_with_the_folders_in_it(tmp_path):
+    for place in ("b.JPG", "a/z.png", "notes.txt", ".hidden.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(b"")
+    assert [path.relative_to(tmp_path).as_posix() for path in photos.listed(tmp_path)] == ["a/z.png", "b.JPG"]
+    with pytest.raises(BadInput, match="no such folder"):
+        photos.listed(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="no pictures"):
+        photos.listed(tmp_path / "empty")
