@@ -99,8 +99,10 @@ class Pairs(torch.utils.data.Dataset):
     [I, R, 4], region_mask [I, R], word_ids and word_mask [B, W], image_row [B] (caption -> row of regions), image_index
     and caption_index [B]. For DataLoader(pairs, sampler=batches, batch_size=None)."""
 
-    def __init__(self, split: Split, words: Words, pad_id: int = 0, noise: CaptionNoise | None = None):
+    def __init__(self, split: Split, words: Words, pad_id: int = 0, noise: CaptionNoise | None = None,
+                 region_noise: float = 0.0, seed: Sequence[int] = (0,)):
         self.split, self.words, self.pad_id, self.noise = split, words, pad_id, noise
+        self.region_noise, self.seed = region_noise, list(seed)
 
     def __len__(self) -> int:
         return len(self.split.image_of)
@@ -113,7 +115,18 @@ class Pairs(torch.utils.data.Dataset):
         if self.noise:
             words = self.noise(words, int(captions[0]))
         words = words.padded(np.arange(len(captions)), self.pad_id)
-        return image_side(self.split, images) | words | {name: torch.from_numpy(a) for name, a in who.items()}
+        pictures = image_side(self.split, images)
+        if self.region_noise:
+            seed = [*self.seed, int(captions[0])]
+            pictures["region_mask"] = thinned(pictures["region_mask"], self.region_noise, seed)
+        return pictures | words | {name: torch.from_numpy(a) for name, a in who.items()}
+
+
+def thinned(mask: torch.Tensor, chance: float, seed: Sequence[int]) -> torch.Tensor:
+    """[I, R] -> the same without some of the real regions, each with probability `chance`; one stays at least."""
+    rng = np.random.default_rng([*seed, 1])
+    draw = np.where(mask.numpy(), rng.random(mask.shape), -1)
+    return torch.from_numpy((draw >= chance) | (draw == draw.max(1, keepdims=True))) & mask
 
 
 def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int, seed: int, epoch: int) -> list:

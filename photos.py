@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from files import BadInput, explained
 
@@ -32,7 +32,10 @@ def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image
         return Image.fromarray(source)
     with explained(source, "a picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, and of pictures that are merely large
-        image = Image.open(source if content is None else io.BytesIO(content))
+        try:
+            image = Image.open(source if content is None else io.BytesIO(content))
+        except UnidentifiedImageError:  # whose message is about the bytes
+            raise ValueError("of no kind that Pillow knows") from None
         image.draft(None, (ENOUGH, ENOUGH))
         return in_rgb(ImageOps.exif_transpose(image))
 

@@ -52,6 +52,7 @@ class Settings:
     text_layers: int = setting(6, "how many of its layers to use, counted from the input")
     longest: int = setting(64, "captions are cut to so many word pieces, [CLS] and [SEP] counted")
     noise: float = setting(0.0, "part of a caption's words that are hidden, changed or left out while training")
+    region_noise: float = setting(0.0, "part of a picture's regions that are left out while training")
     # guide (user, tgdt-user)
     guide: str = setting("none", "what enhances the regions: self is SGE, clip is CGE", ("none", "self", "clip"))
     clip_model: str = setting("openai/clip-vit-base-patch32", "CLIP of --guide clip: a hub name or a local folder")
@@ -74,12 +75,14 @@ class Settings:
     words: str = setting("mean", "a caption's local similarity: sum (paper) or mean over words", ("sum", "mean"))
     easy_epochs: int = setting(1, "epochs with the mean over negatives before the hardest ones are taken")
     # momentum contrast (user, tgdt-user)
-    queue: int = setting(2048, "keys in each of the two queues")
+    queue: int = setting(2048, "keys in each of the two queues; 0: no momentum contrast, UTO on the batch alone")
     momentum: float = setting(0.999, "how much of itself a momentum encoder keeps at a step")
     mu: float = setting(90.0, "UTO's sharpness")
     gamma: float = setting(0.5, "similarity above which UTO counts a negative")
     batch_weight: float = setting(20.0, "weight of UTO on the batch beside UTO on the queues")
     uto_weight: float = setting(0.03, "weight of UTO beside CMC (tgdt-user)")
+    weights: str = setting("model", "what is evaluated and kept as best.pt: the model, or its momentum copy, an "
+                           "average of what it has lately been (any model can have one)", ("model", "momentum"))
     # optimisation
     epochs: int = setting(10, "passes over the training captions")
     batch_size: int = setting(128, "captions a batch")
@@ -104,13 +107,14 @@ class Settings:
                      "region_layers"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        for name in ("noise", "dropout", "guide_dropout", "momentum"):
+        for name in ("noise", "region_noise", "dropout", "guide_dropout", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 0, less than 1")
         if self.model == "tgdt" and self.guide != "none":
             raise BadInput(f"--guide {self.guide}: TGDT has no guide, --model user and --model tgdt-user have one")
-        if self.model != "tgdt" and self.queue < self.batch_size:
-            raise BadInput(f"--queue {self.queue}: a batch's {self.batch_size} keys do not fit, expected at least that")
+        if self.model != "tgdt" and self.queue and self.queue < self.batch_size:
+            raise BadInput(f"--queue {self.queue}: a batch's {self.batch_size} keys do not fit, expected at least that "
+                           "many, or 0 for none")
         if self.mu <= 0:
             raise BadInput(f"--mu {self.mu}: expected more than 0")
         if self.batch_size < 2:
@@ -128,10 +132,11 @@ class Settings:
 SCENES = {  # small preset, built-in scenes: words learnt from scratch, within three minutes on two cores
     "text_encoder": "from-scratch", "text_layers": 1, "text_lr": 1.0, "dim": 128, "region_width": 128,
     "feedforward": 256, "dropout": 0.0, "epochs": 5, "lr": 1e-3, "captions_per_image": 3, "batch_size": 72,
-    "clip": 20.0, "schedule": "linear", "warmup": 100,
+    "clip": 20.0, "schedule": "linear", "warmup": 100, "weights": "model",
 }
 USER = {  # small preset, USER: the released configuration with 9 epochs for 20
     "guide": "self", "noise": 0.2, "dim": 1024, "epochs": 9, "schedule": "step", "drop_every": 6, "warmup": 0,
+    "weights": "momentum",
 }
 PAPER = {  # the released configuration for Flickr30K (TGDT)
     "text_layers": 6, "dim": 1024, "region_width": 0, "region_layers": 4, "local_layers": 2, "global_layers": 2,

@@ -1,7 +1,8 @@
 """Train a model, measure it, leave a run folder.
 
     python train.py                                              the built-in scenes, TGDT, three minutes on two cores
-    python train.py --dataset flickr30k --data-root DIR          Flickr30K from its feature files
+    python train.py --dataset flickr30k --data-root DIR          Flickr30K from its feature files, or its pictures
+    python train.py --dataset folder --data-root DIR             your own pictures and captions
     python train.py --dataset coco --data-root DIR --preset paper --device cuda
     python train.py --model user --guide self                    USER; --model tgdt-user is both papers in one model
 
@@ -55,7 +56,8 @@ SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 
 def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: bool, precision: str,
               momentum: user.MomentumContrast | None = None) -> torch.Tensor:
-    """The loss of one batch, its false negatives masked: CMC (TGDT), UTO (USER), or both (the unified model).
+    """The loss of one batch, its false negatives masked: CMC (TGDT), UTO (USER), or both (the unified model). The keys
+    of the batch come from `momentum`, and go into its queues.
 
     The batch holds each image once; `image_row` [B] tells which row of it a caption belongs to. The networks run in
     mixed precision, the loss always in float32. `easy` takes the mean over the negatives for the hardest one in CMC,
@@ -72,8 +74,11 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
                           settings.local_weight, "mean" if easy else "hardest")
     if settings.model == "tgdt":
         return loss
+    if not settings.queue:
+        uto = settings.batch_weight * losses.uto_batch(
+            image_global @ text_global.T, settings.mu, settings.gamma, positives)
+        return uto if settings.model == "user" else loss + settings.uto_weight * len(row) * uto
 
-    momentum.update(model)
     with torch.no_grad():
         image_keys, text_keys = (keys.globals.float() for keys in encode_pairs(momentum.encoder, batch, precision))
     owner = batch["image_index"]
@@ -178,8 +183,13 @@ class State:
     count: int = 0
     history: list[dict] = field(default_factory=list)
 
+    @property
+    def kept(self) -> torch.nn.Module:
+        """What is evaluated, and kept where it is the best so far."""
+        return self.momentum.encoder if self.settings.weights == "momentum" else self.model
+
     def save_best(self, path: Path) -> None:
-        state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch, "model": self.model.state_dict()}
+        state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch, "model": self.kept.state_dict()}
         files.write_whole(path, lambda file: torch.save(state, file))
 
     def save(self, path: Path) -> None:
@@ -224,8 +234,9 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
         raise BadInput(f"--slots {settings.slots}: the data has {found} regions an image; 0 takes any number of them")
     model = runs.build(settings, bert, feature_dim, clip_dim).to(where)
     momentum = None
-    if settings.model != "tgdt":
-        momentum = user.MomentumContrast(model, settings.dim, settings.queue, settings.momentum).to(where)
+    if settings.weights == "momentum" or settings.queue and settings.model != "tgdt":
+        length = settings.queue if settings.model != "tgdt" else 0
+        momentum = user.MomentumContrast(model, settings.dim, length, settings.momentum).to(where)
     words = {name: batching.tokenize(split.captions, tokenizer, settings.longest) for name, split in splits.items()}
 
     out.mkdir(parents=True, exist_ok=True)
@@ -246,7 +257,8 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
             noise = None
             if settings.noise:
                 noise = batching.CaptionNoise(tokenizer, settings.noise, (settings.seed, state.epoch))
-            pairs = batching.Pairs(splits["train"], words["train"], tokenizer.pad_token_id, noise)
+            pairs = batching.Pairs(splits["train"], words["train"], tokenizer.pad_token_id, noise,
+                                   settings.region_noise, (settings.seed, state.epoch))
             # The loader's own generator keeps its hands off the global one, on which an exact resume rests.
             loader = DataLoader(pairs, sampler=batching.epoch_batches(*plan, state.epoch)[state.step :],
                                 batch_size=None, num_workers=workers, pin_memory=where.type == "cuda",
@@ -255,8 +267,9 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
                 tqdm.write(f"stopped at epoch {state.epoch + 1}, step {state.step}; go on with --resume --out {out}")
                 return {}
             state.epoch, state.step = state.epoch + 1, 0
-            val = measure.measure(model, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
-            close_epoch(state, val, per_epoch, time.perf_counter() - started, out)
+            val = [measure.measure(one, splits["val"], words["val"], settings, where, precision, exhaustive=False)[0]
+                   for one in (state.kept, *([model] if state.kept is not model else []))]
+            close_epoch(state, *val, per_epoch=per_epoch, seconds=time.perf_counter() - started, out=out)
 
     settings, _, model, tokenizer = runs.open_run(out)
     return report(model.to(where), splits, words, tokenizer, settings, out, where, precision)
@@ -272,6 +285,8 @@ def train_epoch(state: State, loader: DataLoader, per_epoch: int, precision: str
         factor = rate(state.epoch * per_epoch + state.step, per_epoch, settings)
         for group, peak in zip(optimizer.param_groups, (1.0, settings.text_lr), strict=True):
             group["lr"] = settings.lr * peak * factor
+        if state.momentum:
+            state.momentum.update(model)
         loss = objective(model, batch, settings, state.epoch < settings.easy_epochs, precision, state.momentum)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -295,14 +310,18 @@ def train_epoch(state: State, loader: DataLoader, per_epoch: int, precision: str
     return True
 
 
-def close_epoch(state: State, val: dict, per_epoch: int, seconds: float, out: Path) -> None:
-    """Write down an epoch that is over: a line of history, the curves, both checkpoints."""
+def close_epoch(state: State, val: dict, val_model: dict | None = None, *, per_epoch: int, seconds: float,
+                out: Path) -> None:
+    """Write down an epoch that is over: a line of history, the curves, both checkpoints. val_model: the metrics of the
+    model where its momentum copy is what is kept, to see what that is worth."""
     settings, final = state.settings, measure.final(val)
     stages = [name for name in ("global", "two_stage") if name in val]
     state.history.append({
         "epoch": state.epoch, "loss": state.total / state.count,
         "lr": settings.lr * rate(state.epoch * per_epoch - 1, per_epoch, settings),
         "seconds": round(seconds, 1), "val": {name: val[name] for name in stages}})
+    if val_model:
+        state.history[-1]["val_model_rsum"] = measure.final(val_model)["rsum"]
     if settings.model != "user":
         state.history[-1]["negatives"] = "mean" if state.epoch <= settings.easy_epochs else "hardest"
     state.total, state.count = 0.0, 0

@@ -2,8 +2,8 @@
 
     python benchmarks/user_changes.py CHANGE [flags of train.py]      # CHANGE: a name below, none, or all
 
-Everything else stays as it is. `slots` is a setting (train.py --slots 36) and needs nothing of this; "all" with it is
-the released training but for its exponential, which overflows in half precision.
+Everything else stays as it is. Two changes are settings and need nothing of this: --slots 36, and --weights model;
+"all" with both is the released training but for its exponential, which overflows in half precision.
 """
 from __future__ import annotations
 

@@ -216,3 +216,14 @@ def test_noisy_pairs_keep_their_order_and_their_images(pieces):
     assert plain.keys() == noisy.keys() and all(torch.equal(plain[name], noisy[name]) for name in plain)
     split.clip = np.arange(6, dtype=np.float32).reshape(3, 2)
     assert batching.Pairs(split, words)[[3, 0, 2]]["clip"].tolist() == [[0, 1], [4, 5]]
+
+
+def test_regions_are_left_out_at_random_and_one_always_stays():
+    mask = torch.ones(400, 10, dtype=torch.bool)
+    mask[:, 7:] = False
+    thin = batching.thinned(mask, 0.3, [0])
+    assert not thin[:, 7:].any() and thin.any(1).all()
+    assert 0.66 < thin[:, :7].float().mean() < 0.74
+    assert torch.equal(thin, batching.thinned(mask, 0.3, [0]))
+    assert not torch.equal(thin, batching.thinned(mask, 0.3, [1]))
+    assert batching.thinned(mask, 0.999, [0]).sum(1).eq(1).all()

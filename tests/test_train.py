@@ -13,6 +13,7 @@ from conftest import save_clip
 from PIL import Image
 
 import files
+import losses
 import retrieve
 import run as runs
 import tgdt
@@ -133,6 +134,40 @@ def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkey
     refused([*guided, str(save_clip(tmp_path / "clip"))], capsys, "--guide clip", "8 of 8", "image 0")
     refused([*flags, "--model", "user", "--queue", "3"], capsys, "--queue 3", "4")
     refused([*flags, "--model", "user", "--slots", "36"], capsys, "--slots 36", "3")
+
+
+@pytest.mark.parametrize("model", ["tgdt", "user"])
+def test_the_momentum_copy_may_be_what_is_kept(flags, tmp_path, model):
+    """It changes what is evaluated and kept, not the training; a line of history tells what the model itself scores."""
+    for name in ("model", "momentum"):
+        own = ["--model", model, "--queue", "8", "--weights", name, "--out", str(tmp_path / name)]
+        assert train.main([*flags, *own]) == 0
+    a, b = (runs.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("model", "momentum"))
+    assert same(a["model"], b["model"])
+    encoder = {name.removeprefix("encoder."): value for name, value in b["momentum"].items()
+               if name.startswith("encoder.")}
+    lines = [[json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+             for name in ("model", "momentum")]
+    stage = "global" if model == "user" else "two_stage"
+    assert [line["val"][stage]["rsum"] for line in lines[0]] == [line["val_model_rsum"] for line in lines[1]]
+    best = runs.read_checkpoint(tmp_path / "momentum" / "best.pt")
+    if best["epoch"] == 2:
+        assert same(best["model"], encoder)
+    assert not same(best["model"], runs.read_checkpoint(tmp_path / "model" / "best.pt")["model"])
+    assert retrieve.main(["evaluate", str(tmp_path / "momentum")]) == 0
+
+
+def test_without_a_queue_there_is_uto_on_the_batch_alone(bert):
+    settings = runs.make_settings({"dataset": "flickr8k", "model": "user", "text_encoder": str(bert), "text_layers": 1,
+                                   "dim": 8, "guide": "none", "queue": 0})
+    model = runs.build(settings, runs.text_encoder(settings)[0], 6).eval()
+    g = torch.Generator().manual_seed(0)
+    batch = {"regions": torch.randn(3, 2, 6, generator=g), "region_mask": torch.ones(3, 2, dtype=torch.bool),
+             "word_ids": torch.randint(5, 9, (3, 4), generator=g), "word_mask": torch.ones(3, 4, dtype=torch.bool),
+             "image_row": torch.arange(3), "image_index": torch.arange(3)}
+    similarity = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
+    want = settings.batch_weight * losses.uto_batch(similarity, settings.mu, settings.gamma)
+    assert torch.allclose(train.objective(model, batch, settings, False, "float32"), want, atol=1e-5)
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_does_not(flags, tmp_path):
