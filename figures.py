@@ -4,9 +4,6 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # a run draws into files, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

@@ -26,6 +26,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,13 +57,15 @@ SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 
 def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: bool, precision: str,
               momentum: user.MomentumContrast | None = None) -> torch.Tensor:
-    """The loss of one batch, its false negatives masked: CMC (TGDT), UTO (USER), or both (the unified model). The keys
-    of the batch come from `momentum`, and go into its queues.
+    """The loss of one batch, its false negatives masked: CMC (TGDT), UTO (USER), or both (the unified model). `momentum`
+    follows the model by a step; the keys of the batch come from it, and go into its queues.
 
     The batch holds each image once; `image_row` [B] tells which row of it a caption belongs to. The networks run in
     mixed precision, the loss always in float32. `easy` takes the mean over the negatives for the hardest one in CMC,
     which is a sum over the B pairs, as its paper has it; UTO is their mean, and stands beside CMC times B.
     """
+    if momentum:
+        momentum.update(model)
     images, texts = encode_pairs(model, batch, precision)
     row = batch["image_row"]
     image_global, text_global, positives = images.globals.float()[row], texts.globals.float(), row[:, None] == row
@@ -285,8 +288,6 @@ def train_epoch(state: State, loader: DataLoader, per_epoch: int, precision: str
         factor = rate(state.epoch * per_epoch + state.step, per_epoch, settings)
         for group, peak in zip(optimizer.param_groups, (1.0, settings.text_lr), strict=True):
             group["lr"] = settings.lr * peak * factor
-        if state.momentum:
-            state.momentum.update(model)
         loss = objective(model, batch, settings, state.epoch < settings.easy_epochs, precision, state.momentum)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -419,6 +420,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     device, workers, out, resume = (given.pop(name) for name in ("device", "workers", "out", "resume"))
+    matplotlib.use("Agg")  # a run draws into files, also where there is no screen
     try:
         settings = runs.make_settings(given)
         out = out or Path("runs") / f"{settings.dataset}-{settings.model}"
