@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import data
@@ -52,7 +53,7 @@ def curves(history: list[dict], path: Path) -> None:
     right.legend(frameon=False, fontsize=8)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(figure, path)
 
 

@@ -57,9 +57,9 @@ SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 
 def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: bool, precision: str,
               momentum: user.MomentumContrast | None = None) -> torch.Tensor:
-    """The loss of one batch, its false negatives masked: CMC (TGDT), UTO (USER), or both (the unified model). `momentum`
-    follows the model by a step; the keys of the batch come from it, and go into its queues.
+    """The loss of one batch, its false negatives masked: CMC (TGDT), UTO (USER), or both (the unified model).
 
+    `momentum` follows the model by a step; the keys of the batch come from it, and go into its queues.
     The batch holds each image once; `image_row` [B] tells which row of it a caption belongs to. The networks run in
     mixed precision, the loss always in float32. `easy` takes the mean over the negatives for the hardest one in CMC,
     which is a sum over the B pairs, as its paper has it; UTO is their mean, and stands beside CMC times B.
