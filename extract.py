@@ -207,7 +207,11 @@ def look(pictures: list[Path | np.ndarray], about: list[Facts], lookers: list[Lo
                             if not message and n in lacking[place]]
                     keep(lookers[n], mine, *prepared.get(n, ([], {})))
                 bar.update(len(items))
+            for n in needed:
+                lookers[n].store.flush()
     except KeyboardInterrupt:
+        for n in needed:
+            lookers[n].store.flush()
         print(f"stopped: {bar.n} of {len(todo)} pictures are done, the next start goes on from there")
         raise
     except RuntimeError as error:

@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,7 @@ class Store:
         self.folder, self.arrays = folder, arrays
         self.row_of: dict[str, int] = {}     # digest -> row
         self.digest_of: dict[Facts, str] = {}
+        self.writer, self.unwritten, self.failed = ThreadPoolExecutor(1), deque(), False  # nobody waits for the disk
         if not (folder / "identity.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             files.write_json(folder / "identity.json", identity)
@@ -85,7 +88,9 @@ class Store:
 
     def add(self, pictures: Sequence[tuple[str, Facts]], values: dict[str, np.ndarray]) -> None:
         """Write down pictures (digest, facts): those of a new digest, in their order, are the rows of `values`; one may
-        come twice. Raises BadInput for a value that is not finite. Nobody else may write meanwhile."""
+        come twice. They are on the disk after `flush`. Raises BadInput for a value that is not finite. Nobody else may
+        write meanwhile."""
+        parts = []
         new = [key for key in dict.fromkeys(key for key, _ in pictures) if key not in self.row_of]
         for name, (shape, kind) in self.arrays.items():
             with np.errstate(over="ignore"):
@@ -97,21 +102,36 @@ class Store:
                 which = next(known[0] for key, known in pictures if key == new[row])
                 raise BadInput(f"{which}: the network gives no finite {name}" + (
                     " in half precision: take --feature-dtype float32" if kind == "f2" else ""))
-            self.append(name, len(self) * self.row_bytes(name), rows.tobytes())
+            parts.append((name, len(self) * self.row_bytes(name), rows.tobytes()))
         before = len(self)
         self.row_of |= {key: before + place for place, key in enumerate(new)}
         self.digest_of |= {known: key for key, known in pictures}
         lines = "".join(json.dumps([self.row_of[key], key, *known]) + "\n" for key, known in pictures).encode()
-        self.append("pictures.jsonl", self.whole, lines)
+        parts.append(("pictures.jsonl", self.whole, lines))  # last: it makes the rows count
         self.whole += len(lines)
+        self.unwritten.append(self.writer.submit(self.append, parts))
+        while len(self.unwritten) > 2:
+            self.unwritten.popleft().result()
 
-    def append(self, name: str, end: int, content: bytes) -> None:
-        """Write after the first `end` bytes, which are whole; what stands behind them does not count."""
-        with open(self.folder / name, "ab") as file:
-            file.truncate(end)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    def flush(self) -> None:
+        """Wait until all that was added is on the disk. Raises BadInput when it cannot be written."""
+        while self.unwritten:
+            self.unwritten.popleft().result()
+
+    def append(self, parts: list[tuple[str, int, bytes]]) -> None:
+        """Write each part after the first `end` bytes of its file; what stands behind these does not count. After a
+        failure nothing more is written: it would leave a hole."""
+        for name, end, content in parts if not self.failed else ():
+            try:
+                with open(self.folder / name, "ab") as file:
+                    file.truncate(end)
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                self.failed = True
+                raise BadInput(f"{self.folder / name}: cannot be written: {error.strerror}; what was computed before "
+                               "is kept") from error
 
     def read(self, name: str, rows: Sequence[int]) -> np.ndarray:
         """Rows of an array, as float32 (the count as int32). Raises BadInput where the file has been cut short."""

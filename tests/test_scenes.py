@@ -176,7 +176,7 @@ def test_boxes_are_boxes_and_mostly_no_objects(val):
     assert (best >= 0.5).mean() > 0.9 and (best >= 0.3).mean() > 0.95
     for k, found in enumerate(val.boxes):
         assert len({tuple(box) for box in found.tolist()}) == 36, k
-    # A region drawn by chance lies on a given object in less than one case in ten, so alignment cannot come by luck.
+    # A region drawn by chance fits a given object in less than one case in ten.
     assert np.concatenate([(o >= 0.5).mean(1) for o in overlaps]).mean() < 0.1
 
 
