@@ -207,11 +207,7 @@ def look(pictures: list[Path | np.ndarray], about: list[Facts], lookers: list[Lo
                             if not message and n in lacking[place]]
                     keep(lookers[n], mine, *prepared.get(n, ([], {})))
                 bar.update(len(items))
-            for n in needed:
-                lookers[n].store.flush()
     except KeyboardInterrupt:
-        for n in needed:
-            lookers[n].store.flush()
         print(f"stopped: {bar.n} of {len(todo)} pictures are done, the next start goes on from there")
         raise
     except RuntimeError as error:
@@ -219,6 +215,9 @@ def look(pictures: list[Path | np.ndarray], about: list[Facts], lookers: list[Lo
             raise
         raise BadInput("a process that decodes pictures was killed, perhaps for want of memory; what was computed is "
                        f"kept: go on with fewer, by --workers 1 ({str(error).splitlines()[0]})") from error
+    finally:
+        for n in needed:
+            lookers[n].store.flush()
     return bad
 
 
