@@ -86,7 +86,7 @@ def main() -> None:
             whole.append(len(pictures) / (time.perf_counter() - start))
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     shares = [100 * w / a for w, a in zip(whole, alone, strict=True)]
-    print(f"{network.identity['network']}, {len(pictures)} pictures, {name}, {args.rounds} rounds: the network alone "
+    print(f"{args.regions}, {len(pictures)} pictures, {name}, {args.rounds} rounds: the network alone "
           f"{statistics.median(alone):.1f} pictures/s, the whole pass {statistics.median(whole):.1f}; by round "
           f"{', '.join(f'{share:.0f}' for share in shares)} %, median {statistics.median(shares):.0f} %")
 
