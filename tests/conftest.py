@@ -1,11 +1,14 @@
 """What several test files train on: a tiny BERT, a tiny SCAN folder, and the flags that name them."""
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+import figures
 
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
 
@@ -39,6 +42,12 @@ def flags(root, bert, tmp_path) -> list[str]:
     return ["--dataset", "flickr8k", "--data-root", str(root), "--text-encoder", str(bert), "--text-layers", "1",
             "--dim", "8", "--region-width", "8", "--feedforward", "16", "--batch-size", "4", "--epochs", "2",
             "--device", "cpu", "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Saves no pictures, which takes most of the time of a tiny run; for tests that are about something else."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: plt.close(figure))
 
 
 def save_clip(folder: Path, seed: int = 0, size: int = 16) -> Path:

@@ -277,6 +277,7 @@ def test_from_pictures_to_a_model_and_a_search(kind, flags, own, weights, tmp_pa
     assert "without captions" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_picture_more_is_a_picture_more_in_the_index(flags, own, weights, tmp_path, capsys, monkeypatch):
     assert train.main([*small(flags, own), "--regions", "grid", *weights["grid"]]) == 0
     run, index = str(tmp_path / "run"), str(tmp_path / "index")
@@ -293,6 +294,7 @@ def test_a_picture_more_is_a_picture_more_in_the_index(flags, own, weights, tmp_
     assert "1 of 22 pictures" in out and "21 images" in out and sum(looked) == 0  # the new one was kept before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_is_searched_with_its_own_kind_of_regions_only(flags, own, weights, root, tmp_path, capsys):
     """Trained on files: nobody knows what computed them. Trained by other weights: refused by name."""
     assert train.main([*flags[:-2], "--epochs", "1", "--out", str(tmp_path / "files"), "--data-root",
@@ -316,6 +318,7 @@ def make_scan(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_karpathy_s_json_and_the_pictures_are_enough(flags, own, weights, tmp_path, capsys):
     images = [{"filename": f"{i}.png", "filepath": "album é", "split": ["train", "val"][i % 5 == 0],
                "sentences": [{"raw": "a red dog runs"}, {"raw": "a blue cat"}]} for i in range(20)]

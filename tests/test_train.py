@@ -126,6 +126,7 @@ def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys
     assert "4 of 4" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused([*flags, "--guide", "self"], capsys, "--guide self", "tgdt-user")
@@ -137,6 +138,7 @@ def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
+@pytest.mark.usefixtures("undrawn")
 def test_the_momentum_copy_may_be_what_is_kept(flags, tmp_path, model):
     """It changes what is evaluated and kept, not the training; a line of history tells what the model itself scores."""
     for name in ("model", "momentum"):
@@ -170,6 +172,7 @@ def test_without_a_queue_there_is_uto_on_the_batch_alone(bert):
     assert torch.allclose(train.objective(model, batch, settings, False, "float32"), want, atol=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_seed_trains_the_same_weights_and_another_does_not(flags, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert train.main([*flags[:-1], str(tmp_path / name), "--seed", seed]) == 0
@@ -179,6 +182,7 @@ def test_the_same_seed_trains_the_same_weights_and_another_does_not(flags, tmp_p
 
 @pytest.mark.parametrize("model, steps", [("tgdt", 2), ("tgdt", 4), ("tgdt", 6), ("user", 2), ("user", 6),
                                           ("tgdt-user", 3), ("tgdt-user", 4)])
+@pytest.mark.usefixtures("undrawn")
 def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path, monkeypatch, model, steps):
     """Stopped by Ctrl-C after some steps of four an epoch, with dropout and caption noise at work, then resumed."""
     flags = ["--model", model, "--queue", "7", "--seed", "5", *flags] if model != "tgdt" else flags
@@ -257,6 +261,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "settings.json")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resume_wants_a_run_and_the_features_it_was_trained_on(flags, root, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "no run here")
     assert train.main([*flags, "--epochs", "1"]) == 0
@@ -273,6 +278,7 @@ def test_resume_wants_a_run_and_the_features_it_was_trained_on(flags, root, tmp_
     assert "no test split" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_more_epochs_may_be_asked_for(flags, tmp_path):
     assert train.main([*flags, "--epochs", "1"]) == 0
     assert train.main([*flags, "--epochs", "3", "--resume"]) == 0
@@ -298,6 +304,7 @@ def test_bad_data_and_a_missing_text_encoder_end_in_one_line(flags, root, tmp_pa
     assert "train_ims.npy" in message and "5" in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_workers_read_the_same_batches(flags, tmp_path):
     assert train.main([*flags[:-1], str(tmp_path / "a"), "--epochs", "1"]) == 0
     assert train.main([*flags[:-1], str(tmp_path / "b"), "--epochs", "1", "--workers", "2"]) == 0

@@ -1,0 +1,360 @@
+"""Do the papers' claims hold? Each idea with and without, same data, same steps, several seeds, val split.
+
+    python benchmarks/claims.py train --out DIR --dataset flickr8k --data-root DATA --text-encoder FOLDER
+    python benchmarks/claims.py train --out DIR --dataset scenes
+    python benchmarks/claims.py speed --out DIR
+    python benchmarks/claims.py table --out DIR
+
+`train` trains every arm that is not trained yet, seed by seed, each in a process of its own, and may be stopped and
+started again at will; `--arms "a; b"` takes some, `--seeds 0,1` some seeds. `table` prints the claims and draws them,
+from whatever is there, and copies the metrics to benchmarks/results.
+
+On photographs BERT is frozen, without dropout and noise, so that each caption goes through it once in a run: the
+smallest budget in which all arms can be trained on two cores. An arm changes one thing against the arm it is compared
+with.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.modeling_outputs import BaseModelOutput
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import batching
+import data
+import extract
+import files
+import losses
+import measure
+import run as runs
+import tgdt
+import train
+import twostage
+import user
+
+HERE = Path(__file__).resolve().parent
+PHOTOGRAPHS = ["--precision", "bfloat16", "--text-lr", "0", "--dropout", "0", "--noise", "0", "--longest", "32",
+               "--dim", "256", "--feedforward", "512", "--schedule", "linear", "--weights", "model"]
+LENGTHS, WEIGHTS = (10, 20, 50, 100, 200), (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+# -------------------------------------------------------------------------------------------------------------- changes
+
+
+def detached() -> None:
+    """TGDT's local tokens are detached before its global encoder, as in the released training."""
+
+    def forward(self, slots, mask):
+        tokens = self.local_encoder(self.project(slots), src_key_padding_mask=~mask)
+        globals_ = self.global_encoder(tokens.detach(), src_key_padding_mask=~mask)[:, 0]
+        return F.normalize(globals_, dim=-1), F.normalize(tokens, dim=-1)
+
+    tgdt.TokenGuidedEncoder.forward = forward
+
+
+def beside() -> None:
+    """TGDT's global encoder reads what the local one reads, instead of its tokens: no token guidance."""
+
+    def forward(self, slots, mask):
+        slots = self.project(slots)
+        tokens = self.local_encoder(slots, src_key_padding_mask=~mask)
+        globals_ = self.global_encoder(slots, src_key_padding_mask=~mask)[:, 0]
+        return F.normalize(globals_, dim=-1), F.normalize(tokens, dim=-1)
+
+    tgdt.TokenGuidedEncoder.forward = forward
+
+
+def hinge_for_uto() -> None:
+    """USER on the batch alone, by the hinge with hardest negatives, the mean over negatives in the first epoch."""
+
+    def objective(model, batch, settings, easy, precision, momentum=None):
+        images, texts = train.encode_pairs(model, batch, precision)
+        row = batch["image_row"]
+        similarity = images.globals.float()[row] @ texts.globals.float().T
+        return losses.hinge(similarity, settings.margin, row[:, None] == row, "mean" if easy else "hardest") / len(row)
+
+    train.objective = objective
+
+
+def stand_in_for_clip() -> None:
+    """A stand-in for CLIP's embedding: the mean of the picture's own region features. No CLIP can be had here."""
+
+    def prepare(splits, *given, **more):
+        for split in splits.values():
+            parts = np.array_split(np.arange(len(split.features)), -(-len(split.features) // 256))
+            split.clip = np.concatenate([split.features.read(rows)[0].mean(1) for rows in parts])
+            split.clip /= np.linalg.norm(split.clip, axis=1, keepdims=True)
+        return {"regions": {"kind": "files"}, "clip": {"kind": "stand-in", "dim": splits["train"].features.dim}}
+
+    extract.prepare = prepare
+
+
+def unmasked_batch() -> None:
+    """Other captions of an image count as negatives in the batch."""
+    uto_batch = losses.uto_batch
+    losses.uto_batch = lambda similarity, mu, gamma, positives: uto_batch(similarity, mu, gamma)
+
+
+def unmasked_queue() -> None:
+    """Other captions of a query's image count as negatives in the queue."""
+    user.Queue.no_negatives = lambda self, image_index: (self.owner < 0).expand(len(image_index), -1)
+
+
+def nothing() -> None:
+    pass
+
+
+TGDT, USER, PLAIN = ["--model", "tgdt"], ["--model", "user"], ["--model", "user", "--guide", "none"]
+PAIRS = [*PLAIN, "--captions-per-image", "2"]  # two captions of each image in a batch: false negatives abound
+ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
+    "tgdt": (TGDT, nothing), "user": (USER, nothing), "unified": (["--model", "tgdt-user"], nothing),
+    "tgdt, no intra-modal term": ([*TGDT, "--intra-margin", "9"], nothing),
+    "user, no guide": (PLAIN, nothing),
+    "user, no queue": ([*PLAIN, "--queue", "0"], nothing),
+    "user, queue 512": ([*PLAIN, "--queue", "512"], nothing),
+    "user, queue 8192": ([*PLAIN, "--queue", "8192"], nothing),
+    "user, hinge": ([*PLAIN, "--queue", "0"], hinge_for_uto),
+    "user, two captions": (PAIRS, nothing), "user, two captions, batch unmasked": (PAIRS, unmasked_batch),
+    "user, two captions, queue unmasked": (PAIRS, unmasked_queue),
+    "user, stand-in for CLIP": (["--model", "user", "--guide", "clip"], stand_in_for_clip),
+    "tgdt, beside": (TGDT, beside), "tgdt, detached": (TGDT, detached),
+    "tgdt, margin 0.1": ([*TGDT, "--margin", "0.1"], nothing),
+    "tgdt, margin 0.4": ([*TGDT, "--margin", "0.4"], nothing),
+}
+CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without it and how
+    ("1 fine beside coarse: two-stage, or coarse alone", ("tgdt", "two_stage"), ("tgdt", "global")),
+    ("1 coarse beside fine: mixed, or fine alone", ("tgdt", "mixed"), ("tgdt", "local")),
+    ("2 CMC's intra-modal term", ("tgdt", "two_stage"), ("tgdt, no intra-modal term", "two_stage")),
+    ("2 margin 0.2, or 0.1", ("tgdt", "two_stage"), ("tgdt, margin 0.1", "two_stage")),
+    ("2 margin 0.2, or 0.4", ("tgdt", "two_stage"), ("tgdt, margin 0.4", "two_stage")),
+    ("3 two-stage, or everything re-ranked", ("tgdt", "two_stage"), ("tgdt", "mixed")),
+    ("5 token guidance: on top of the tokens, or beside", ("tgdt", "two_stage"), ("tgdt, beside", "two_stage")),
+    ("5 gradients through the tokens, or detached", ("tgdt", "two_stage"), ("tgdt, detached", "two_stage")),
+    ("6 SGE", ("user", "global"), ("user, no guide", "global")),
+    ("6 CGE by a stand-in for CLIP, or SGE", ("user, stand-in for CLIP", "global"), ("user", "global")),
+    ("7 UTO, or the hinge, both on the batch", ("user, no queue", "global"), ("user, hinge", "global")),
+    ("8 queues of 512", ("user, queue 512", "global"), ("user, no queue", "global")),
+    ("8 queues of 2,048", ("user, no guide", "global"), ("user, no queue", "global")),
+    ("8 queues of 8,192", ("user, queue 8192", "global"), ("user, no queue", "global")),
+    ("9 false negatives masked in the batch", ("user, two captions", "global"),
+     ("user, two captions, batch unmasked", "global")),
+    ("9 false negatives masked in the queue", ("user, two captions", "global"),
+     ("user, two captions, queue unmasked", "global")),
+    ("10 the unified model, or TGDT", ("unified", "two_stage"), ("tgdt", "two_stage")),
+    ("10 the unified model, or USER", ("unified", "two_stage"), ("user", "global")),
+]
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def freeze(text_encoder):
+    """BERT in eval mode and without gradients, and each caption through it once: its states are kept in memory."""
+
+    def frozen(settings):
+        bert, tokenizer = text_encoder(settings)
+        bert.requires_grad_(False)
+        forward, states = bert.forward, {}
+
+        def remembered(input_ids, attention_mask):
+            lengths = attention_mask.sum(1).tolist()
+            keys = [row[:n].tobytes() for row, n in zip(input_ids.numpy(), lengths, strict=True)]
+            new = [row for row, key in enumerate(keys) if key not in states]
+            if new:
+                bert.eval()
+                with torch.no_grad():
+                    found = forward(input_ids=input_ids[new], attention_mask=attention_mask[new]).last_hidden_state
+                for row, value in zip(new, found, strict=True):
+                    states[keys[row]] = value[: lengths[row]].half()
+            out = torch.zeros(*input_ids.shape, bert.config.hidden_size)
+            for row, (key, n) in enumerate(zip(keys, lengths, strict=True)):
+                out[row, :n] = states[key]
+            return BaseModelOutput(out)
+
+        bert.forward = remembered
+        return bert, tokenizer
+
+    return frozen
+
+
+def one(arm: str, flags: list[str], out: Path) -> int:
+    """Train an arm, and measure it on val in every way of searching."""
+    own, change = ARMS[arm]
+    change()
+    if "flickr8k" in flags:
+        runs.text_encoder = freeze(runs.text_encoder)
+    resume = (out / "checkpoint.pt").is_file()
+    code = train.main(["--out", str(out), "--resume"] if resume else [*flags, *own, "--out", str(out)])
+    if code:
+        return code
+    settings, checkpoint, model, tokenizer = runs.open_run(out)
+    splits = data.load(settings.dataset, settings.data_root and Path(settings.data_root), ("train", "val"))
+    extract.prepare(splits, settings, out)
+    split = splits["val"]
+    words = batching.tokenize(split.captions, tokenizer, settings.longest)
+    precision = "bfloat16" if settings.precision == "bfloat16" else "float32"
+    result, images, texts = measure.measure(model, split, words, settings, "cpu", precision)
+    if arm == "tgdt":
+        result["shortlists"] = measure.shortlists(images, texts, split.image_of, LENGTHS, settings.local_weight,
+                                                  settings.words)
+        result["weights"] = {weight: measure.evaluate(images, texts, split.image_of, weight=weight,
+                                                      words=settings.words, exhaustive=True)["mixed"]
+                             for weight in WEIGHTS}
+    result["val_by_epoch"] = [measure.final(json.loads(line)["val"])["rsum"]
+                              for line in (out / "history.jsonl").read_text().splitlines()]
+    files.write_json(out / "val.json", result)
+    return 0
+
+
+def place(out: Path, dataset: str, arm: str, seed: int) -> Path:
+    return out / dataset / f"{arm.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def train_all(args: argparse.Namespace, flags: list[str]) -> None:
+    for seed in args.seeds:
+        for arm in args.arms or ARMS:
+            if args.dataset == "scenes" and arm == "user, stand-in for CLIP":
+                continue  # its regions' mean is no stand-in for anything
+            folder = place(args.out, args.dataset, arm, seed)
+            if (folder / "val.json").is_file():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            given = ["--dataset", args.dataset, "--seed", str(seed), *flags]
+            given += PHOTOGRAPHS if args.dataset != "scenes" else []
+            started = time.perf_counter()
+            with open(folder / "log.txt", "ab") as log:
+                call = [sys.executable, __file__, "one", arm, str(folder), *given]
+                done = subprocess.run(call, stdout=log, stderr=log)
+            told = "done" if done.returncode == 0 else f"FAILED ({done.returncode}), see {folder / 'log.txt'}"
+            print(f"{arm}, seed {seed}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- speed
+
+
+def cross_attention(words: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """SCAN's kind of matcher, text to image: each word attends to each image's regions and is compared with what it
+    finds there. words [n, D] of one caption, regions [I, R, D], unit length -> similarities [I]."""
+    dots = F.normalize((regions @ words.T).relu(), dim=2)                       # [I, R, n]
+    found = (9 * dots).softmax(1).transpose(1, 2) @ regions                     # [I, n, D]
+    return F.cosine_similarity(found, words[None], dim=2).mean(1)
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Milliseconds a caption, 1,000 images x 36 regions, D 1024: cross-attention, two-stage, coarse vectors alone."""
+    g = torch.Generator().manual_seed(0)
+
+    def unit(*shape: int) -> torch.Tensor:
+        return F.normalize(torch.randn(*shape, generator=g), dim=-1)
+
+    def side(kind: str, n: int, tokens: int) -> twostage.Embeddings:
+        return twostage.Embeddings(kind, unit(n, 1024), unit(n, tokens, 1024), torch.ones(n, tokens, dtype=torch.bool))
+
+    images, texts = side("image", 1000, 36), side("text", 200, 12)
+
+    def timed(call, captions: int) -> float:
+        call()
+        start = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start) / captions
+
+    found = {"cross-attention": timed(lambda: [cross_attention(texts.tokens[c], images.tokens) for c in range(10)], 10),
+             "two-stage (TGDT)": timed(lambda: twostage.search(texts, images, 100, 10.0, "mean"), 200),
+             "coarse alone (USER)": timed(lambda: (texts.globals @ images.globals.T).topk(100), 200)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    files.write_json(args.out / "speed.json", found)
+    for name, value in found.items():
+        print(f"{name:22}{value:10.3f} ms a caption{found['cross-attention'] / value:10.1f} times")
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def results(out: Path, dataset: str, arm: str) -> dict[int, dict]:
+    """The metrics of an arm by seed, of the seeds that are done."""
+    found = (out / dataset).glob(f"{place(out, dataset, arm, 0).name.removesuffix('0')}[0-9]*/val.json")
+    return {int(path.parent.name.rsplit("-", 1)[1]): files.read_json(path) for path in sorted(found)}
+
+
+def table(args: argparse.Namespace) -> None:
+    """Differences seed by seed, their mean and standard deviation; as text, as a picture, and the metrics as files."""
+    for dataset in ("flickr8k", "scenes"):
+        lines = []
+        for idea, (a, how_a), (b, how_b) in CLAIMS:
+            with_it, without = results(args.out, dataset, a), results(args.out, dataset, b)
+            seeds = sorted(with_it.keys() & without.keys())
+            pairs = [(with_it[s][how_a], without[s][how_b]) for s in seeds
+                     if how_a in with_it[s] and how_b in without[s]]
+            if pairs:
+                lines.append((idea, pairs))
+        if not lines:
+            continue
+        titles = "the idea", "with", "without", "rsum", "R@1 image to text", "R@1 text to image", "seeds"
+        print(f"\n{dataset}, val\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+        for idea, pairs in lines:
+            cells = [spread([pair[side]["rsum"] for pair in pairs]) for side in (0, 1)]
+            cells += [spread([a["rsum"] - b["rsum"] for a, b in pairs], "+")]
+            cells += [spread([a[way]["r1"] - b[way]["r1"] for a, b in pairs], "+") for way in ("i2t", "t2i")]
+            print(f"| {idea} | {' | '.join(cells)} | {len(pairs)} |")
+        draw(dataset, lines, HERE.parent / "docs" / f"claims-{dataset}.png")
+        for arm in ARMS:
+            for seed, found in results(args.out, dataset, arm).items():
+                target = HERE / "results" / dataset / f"{place(args.out, dataset, arm, seed).name}.json"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(target, found)
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
+
+
+def draw(dataset: str, lines: list, path: Path) -> None:
+    """A dot a seed, a bar for the mean: what each idea adds in rsum."""
+    figure, axis = plt.subplots(figsize=(9, 0.42 * len(lines) + 1.2))
+    for row, (_, pairs) in enumerate(reversed(lines)):
+        found = [a["rsum"] - b["rsum"] for a, b in pairs]
+        mean = statistics.mean(found)
+        axis.barh(row, mean, color="#1a9850" if mean > 0 else "#d73027", alpha=0.35)
+        axis.plot(found, [row] * len(found), "o", color="black", markersize=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(lines)), [idea for idea, _ in reversed(lines)])
+    axis.set(xlabel="difference in val rsum, with the idea less without (a dot a seed)", title=dataset)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> int:
+    matplotlib.use("Agg")
+    if sys.argv[1:2] == ["one"]:
+        return one(sys.argv[2], sys.argv[4:], Path(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "speed", "table"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dataset", choices=("flickr8k", "scenes"), default="scenes")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--arms", type=lambda text: [part.strip() for part in text.split(";")],
+                        help="some arms, separated by semicolons: " + "; ".join(ARMS))
+    args, flags = parser.parse_known_args()
+    unknown = [arm for arm in args.arms or () if arm not in ARMS]
+    if unknown:
+        parser.error(f"no arm is called {unknown[0]!r}")
+    if args.command == "train":
+        train_all(args, flags)
+    else:
+        {"speed": speed, "table": table}[args.command](args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
