@@ -207,7 +207,7 @@ def one(arm: str, flags: list[str], out: Path) -> int:
         result["shortlists"] = measure.shortlists(images, texts, split.image_of, LENGTHS, settings.local_weight,
                                                   settings.words)
         result["weights"] = {weight: measure.evaluate(images, texts, split.image_of, weight=weight,
-                                                      words=settings.words, exhaustive=True)["mixed"]
+                                                      words=settings.words, exhaustive=False)["two_stage"]
                              for weight in WEIGHTS}
     result["val_by_epoch"] = [measure.final(json.loads(line)["val"])["rsum"]
                               for line in (out / "history.jsonl").read_text().splitlines()]
