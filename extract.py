@@ -58,7 +58,8 @@ def prepare(splits: dict[str, data.Split], settings: runs.Settings, folder: Path
     if settings.guide == "clip":
         lookers["clip"] = Looker(partial(frozen.Clip, settings.clip_model, device), wanted.get("clip"), cache)
     found = {name: looker.identity for name, looker in lookers.items()}
-    found = {"regions": {"kind": "scenes" if settings.dataset == "scenes" else "files"}, "clip": None} | found
+    found = {"regions": frozen.SceneWindows.identity if settings.dataset == "scenes" else {"kind": "files"},
+             "clip": None} | found
     if not lookers:
         return found
     bad = {name: {row: f"{split.image_names[row]}: no such picture in {root} or its usual folders"

@@ -208,6 +208,17 @@ def test_a_model_keeps_to_the_network_it_was_trained_with(root, seen, monkeypatc
         extract.prepare({"val": split(root, ALL)}, settings(root), root / "run", wanted=found)
 
 
+def test_any_picture_can_be_seen_as_a_scene_is(tmp_path):
+    splits = data.load("scenes", None, ("val",))
+    found = extract.prepare(splits, Settings(), tmp_path)
+    Image.fromarray(splits["val"].pictures[3]).save(tmp_path / "scene.png")
+    alone = extract.one(tmp_path / "scene.png", Settings(), "cpu", found)
+    assert np.allclose(alone.features.read([0])[0], splits["val"].features.read([3])[0], atol=1e-6)
+    split = data.Split("images", [], np.zeros(0, np.int64), None, ["scene.png"], [tmp_path / "scene.png"])
+    extract.prepare({"images": split}, Settings(data_root=str(tmp_path)), tmp_path, wanted=found)
+    assert np.allclose(split.features.read([0])[0], splits["val"].features.read([3])[0], atol=1e-6)
+
+
 def test_the_cache_lies_beside_the_data_or_else_beside_the_run(tmp_path):
     assert extract.cache_folder(settings(tmp_path), tmp_path / "run") == tmp_path / "cache"
     assert extract.cache_folder(settings(tmp_path / "nowhere"), tmp_path / "run") == tmp_path / "run" / "cache"
