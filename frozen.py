@@ -171,7 +171,7 @@ class Patches:
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in
                                (self.clip.processor.image_mean, self.clip.processor.image_std))
         self.dim, self.device = self.clip.vision.config.hidden_size, device
-        self.identity = {"kind": "clip", "network": self.clip.name, "weights": fingerprint(self.clip.vision),
+        self.identity = {"kind": "clip", "network": "CLIP", "weights": fingerprint(self.clip.vision),
                          "side": side, "regions": across**2, "dim": self.dim}
 
     @torch.inference_mode()
@@ -232,7 +232,7 @@ class Clip:
         except OSError:  # no preprocessor_config.json: all CLIPs prepare pictures alike
             self.processor = CLIPImageProcessor(**frame)
         self.name, self.dim, self.device = name, self.project.out_features, device
-        self.identity = {"kind": "clip-guide", "network": name, "weights": fingerprint(self.vision, self.project),
+        self.identity = {"kind": "clip-guide", "network": "CLIP", "weights": fingerprint(self.vision, self.project),
                          "prepared": self.processor.to_json_string(), "dim": self.dim}
         self.prepare = partial(as_clip_sees, processor=self.processor)
 
