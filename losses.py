@@ -62,7 +62,9 @@ def local_similarity(
     packed = word_tokens[word_mask]                                       # [n, D]: the real words of all captions
     owner = word_mask.nonzero()[:, 0]                                     # [n]: the caption that each belongs to
     dots = (region_tokens.flatten(0, 1) @ packed.T).view(images, regions, -1)
-    best = dots.masked_fill(~region_mask[:, :, None], float("-inf")).amax(1)                          # [I, n]
+    if not region_mask.all():
+        dots = dots.masked_fill(~region_mask[:, :, None], float("-inf"))
+    best = dots.max(1).values                                             # [I, n]; its gradient is cheaper than amax's
     best = best.to(torch.promote_types(best.dtype, torch.float32))  # sums in half precision would lose digits
     total = best.new_zeros(images, len(word_mask)).index_add(1, owner, best)
     if words == "sum":
@@ -118,42 +120,50 @@ def soft_hinge(similarity: Tensor, ignored: Tensor | None, mu: float, gamma: flo
     return F.pad(rises, (1, 0)).logsumexp(1) / mu
 
 
-def reward(truth: Tensor) -> Tensor:
-    """log(1 + [s]+) of the true pairs' similarities, [B] -> [B] (USER, UTO)."""
-    return truth.to(torch.promote_types(truth.dtype, torch.float32)).clamp(min=0).log1p()
+def reward(truth: Tensor, floor: bool = True) -> Tensor:
+    """log(1 + [s]+) of the true pairs' similarities, [B] -> [B] (USER, UTO).
+
+    The paper's form gives a pair below zero no gradient. Where all pairs start there, which is a matter of the seed,
+    nothing ever moves: without the floor the reward goes on below zero as s, with the slope that it has at zero.
+    """
+    truth = truth.to(torch.promote_types(truth.dtype, torch.float32))
+    above = truth.clamp(min=0).log1p()
+    return above if floor else above + truth.clamp(max=0)
 
 
-def uto_batch(similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None) -> Tensor:
+def uto_batch(
+    similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None, floor: bool = True
+) -> Tensor:
     """Unified training objective on a batch: the mean over its pairs (USER, UTO).
 
     similarity: [B, B], images by captions, true pairs on the diagonal. positives: [B, B] bool, all true pairs, no
-    negatives; None means the diagonal alone. Returns a scalar.
+    negatives; None means the diagonal alone. floor: see `reward`. Returns a scalar.
     """
     ignored = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     if positives is not None:
         ignored = ignored | positives
     rows, columns = soft_hinge(similarity, ignored, mu, gamma), soft_hinge(similarity.T, ignored.T, mu, gamma)
-    return (rows + columns - reward(similarity.diagonal())).mean()
+    return (rows + columns - reward(similarity.diagonal(), floor)).mean()
 
 
 def uto_queue(
     queries: Tensor, keys: Tensor, queue: Tensor, mu: float = 90.0, gamma: float = 0.5,
-    false_negatives: Tensor | None = None,
+    false_negatives: Tensor | None = None, floor: bool = True,
 ) -> Tensor:
     """Unified training objective on a queue, one direction: the mean over the queries (USER, UTO and momentum).
 
     queries: [B, D] of one modality; keys: [B, D], what the momentum encoder makes of their true counterparts; queue:
     [K, D], earlier keys, the negatives; all of unit length. false_negatives: [B, K] bool, keys that are none after all.
-    Returns a scalar. Gradients flow to the queries only.
+    floor: see `reward`. Returns a scalar. Gradients flow to the queries only.
     """
     negatives = soft_hinge(queries @ queue.detach().to(queries.dtype).T, false_negatives, mu, gamma)
-    return (negatives - reward((queries * keys.detach()).sum(1))).mean()
+    return (negatives - reward((queries * keys.detach()).sum(1), floor)).mean()
 
 
 def uto(
     image_global: Tensor, text_global: Tensor, image_keys: Tensor, text_keys: Tensor, image_queue: Tensor,
     text_queue: Tensor, mu: float = 90.0, gamma: float = 0.5, batch_weight: float = 20.0,
-    positives: Tensor | None = None, no_image: Tensor | None = None, no_text: Tensor | None = None,
+    positives: Tensor | None = None, no_image: Tensor | None = None, no_text: Tensor | None = None, floor: bool = True,
 ) -> Tensor:
     """The whole objective of USER: batch_weight * UTO on the batch + UTO on both queues (USER, UTO and momentum).
 
@@ -161,6 +171,6 @@ def uto(
     image_queue, text_queue: [K, D]; no_image, no_text: [B, K] bool, their keys that are no negatives of a caption, of
     an image. An image queries the text queue, a caption the image queue. Returns a scalar, a mean over the pairs.
     """
-    return (batch_weight * uto_batch(image_global @ text_global.T, mu, gamma, positives)
-            + uto_queue(image_global, text_keys, text_queue, mu, gamma, no_text)
-            + uto_queue(text_global, image_keys, image_queue, mu, gamma, no_image))
+    return (batch_weight * uto_batch(image_global @ text_global.T, mu, gamma, positives, floor)
+            + uto_queue(image_global, text_keys, text_queue, mu, gamma, no_text, floor)
+            + uto_queue(text_global, image_keys, image_queue, mu, gamma, no_image, floor))

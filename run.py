@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 import scenes
 import tgdt
 import user
-from files import BadInput, read_json, write_json
+from files import BadInput, read_json, write_json, write_whole
 
 # ------------------------------------------------------------------------------------------------------ settings
 
@@ -79,6 +79,7 @@ class Settings:
     momentum: float = setting(0.999, "how much of itself a momentum encoder keeps at a step")
     mu: float = setting(90.0, "UTO's sharpness")
     gamma: float = setting(0.5, "similarity above which UTO counts a negative")
+    reward_floor: bool = setting(False, "no gradient for true pairs whose similarity is below zero, as released")
     batch_weight: float = setting(20.0, "weight of UTO on the batch beside UTO on the queues")
     uto_weight: float = setting(0.03, "weight of UTO beside CMC (tgdt-user)")
     weights: str = setting("model", "what is evaluated and kept as best.pt: the model, or its momentum copy, an "
@@ -89,7 +90,7 @@ class Settings:
     captions_per_image: int = setting(1, "captions that stand together in a batch, their image encoded once")
     optimizer: str = setting("adamw", "which optimizer", ("adamw", "adam"))
     lr: float = setting(5e-4, "peak learning rate")
-    text_lr: float = setting(0.1, "the text encoder's learning rate, as a part of the others'")
+    text_lr: float = setting(0.1, "the text encoder's learning rate, as a part of the others'; 0: frozen")
     weight_decay: float = setting(1e-4, "weight decay")
     warmup: int = setting(100, "steps of linear warm-up")
     schedule: str = setting("linear", "after the warm-up: linear to 0, or step (x 0.1)", ("linear", "step"))
@@ -261,6 +262,19 @@ def stored_settings(folder: Path) -> Settings:
     return Settings(**values)
 
 
+def resumed(out: Path, given: dict) -> Settings:
+    """The settings of the run in `out`; what was given anew must agree with them, but for a larger --epochs."""
+    stored = stored_settings(out)
+    for name, value in given.items():
+        before = getattr(stored, name)
+        if value is not None and value != before:
+            if name != "epochs" or value < before:
+                raise BadInput(f"{out} holds a run with --{name.replace('_', '-')} {before}, not {value}: "
+                               "resume it with its own settings (more --epochs are welcome), or give another --out")
+            stored.epochs = value
+    return stored
+
+
 def open_run(folder: Path) -> tuple[Settings, dict, tgdt.TGDT | user.USER, BertTokenizer]:
     """A trained model and its tokenizer from a run folder: the best checkpoint, or the last where none is best yet.
 
@@ -291,3 +305,53 @@ def check_width(folder: Path, checkpoint: dict, feature_dim: int) -> None:
 
 def save_settings(folder: Path, settings: Settings) -> None:
     write_json(folder / "settings.json", asdict(settings))
+
+
+# ------------------------------------------------------------------------------------------------------ its state
+
+
+@dataclass
+class State:
+    """Where a run stands: all that an exact resume needs, and what a checkpoint holds."""
+
+    settings: Settings
+    model: torch.nn.Module
+    momentum: user.MomentumContrast | None
+    optimizer: torch.optim.Optimizer
+    inputs: dict  # feature_dim, seen (see extract.prepare) and bert: what building the model needs beside the settings
+    device: torch.device
+    epoch: int = 0
+    step: int = 0  # of the epoch in hand
+    total: float = 0.0  # sum and count of the losses looked at in it
+    count: int = 0
+    history: list[dict] = field(default_factory=list)
+
+    @property
+    def kept(self) -> torch.nn.Module:
+        """What is evaluated, and kept where it is the best so far."""
+        return self.momentum.encoder if self.settings.weights == "momentum" else self.model
+
+    def save_best(self, path: Path) -> None:
+        state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch, "model": self.kept.state_dict()}
+        write_whole(path, lambda file: torch.save(state, file))
+
+    def save(self, path: Path) -> None:
+        state = self.inputs | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
+        state |= {name: getattr(self, name) for name in ("epoch", "step", "total", "count", "history")}
+        state |= {name: part.state_dict() for name, part in self.parts().items()}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        write_whole(path, lambda file: torch.save(state, file))
+
+    def restore(self, saved: dict) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(saved[name])
+        for name in ("epoch", "step", "total", "count", "history"):
+            setattr(self, name, saved[name])
+        torch.set_rng_state(saved["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in saved:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+
+    def parts(self) -> dict:
+        parts = {"model": self.model, "momentum": self.momentum, "optimizer": self.optimizer}
+        return {name: part for name, part in parts.items() if part is not None}

@@ -23,7 +23,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib
@@ -47,7 +47,7 @@ import tgdt
 import twostage
 import user
 from files import BadInput
-from run import Settings
+from run import Settings, State
 
 SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 
@@ -79,7 +79,7 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
         return loss
     if not settings.queue:
         uto = settings.batch_weight * losses.uto_batch(
-            image_global @ text_global.T, settings.mu, settings.gamma, positives)
+            image_global @ text_global.T, settings.mu, settings.gamma, positives, settings.reward_floor)
         return uto if settings.model == "user" else loss + settings.uto_weight * len(row) * uto
 
     with torch.no_grad():
@@ -88,7 +88,7 @@ def objective(model: torch.nn.Module, batch: dict, settings: Settings, easy: boo
     uto = losses.uto(
         image_global, text_global, image_keys[row], text_keys, momentum.image_queue.keys, momentum.text_queue.keys,
         settings.mu, settings.gamma, settings.batch_weight, positives,
-        momentum.image_queue.no_negatives(owner), momentum.text_queue.no_negatives(owner),
+        momentum.image_queue.no_negatives(owner), momentum.text_queue.no_negatives(owner), settings.reward_floor,
     )
     shown = owner.new_zeros(len(image_keys)).index_put((row,), owner)  # [I]: which image each row of regions is
     momentum.enqueue(image_keys, text_keys, shown, owner)
@@ -130,7 +130,7 @@ def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Op
     words = {id(p) for p in model.bert.parameters()}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in words], "lr": settings.lr},
-        {"params": list(model.bert.parameters()), "lr": settings.lr * settings.text_lr},
+        {"params": [p for p in model.bert.parameters() if p.requires_grad], "lr": settings.lr * settings.text_lr},
     ]
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
     return kind(groups, weight_decay=settings.weight_decay, fused=True)
@@ -170,53 +170,6 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-@dataclass
-class State:
-    """Where a run stands: all that an exact resume needs, and what a checkpoint holds."""
-
-    settings: Settings
-    model: torch.nn.Module
-    momentum: user.MomentumContrast | None
-    optimizer: torch.optim.Optimizer
-    inputs: dict  # feature_dim, seen (see extract.prepare) and bert: what building the model needs beside the settings
-    device: torch.device
-    epoch: int = 0
-    step: int = 0  # of the epoch in hand
-    total: float = 0.0  # sum and count of the losses looked at in it
-    count: int = 0
-    history: list[dict] = field(default_factory=list)
-
-    @property
-    def kept(self) -> torch.nn.Module:
-        """What is evaluated, and kept where it is the best so far."""
-        return self.momentum.encoder if self.settings.weights == "momentum" else self.model
-
-    def save_best(self, path: Path) -> None:
-        state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch, "model": self.kept.state_dict()}
-        files.write_whole(path, lambda file: torch.save(state, file))
-
-    def save(self, path: Path) -> None:
-        state = self.inputs | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
-        state |= {name: getattr(self, name) for name in ("epoch", "step", "total", "count", "history")}
-        state |= {name: part.state_dict() for name, part in self.parts().items()}
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        files.write_whole(path, lambda file: torch.save(state, file))
-
-    def restore(self, saved: dict) -> None:
-        for name, part in self.parts().items():
-            part.load_state_dict(saved[name])
-        for name in ("epoch", "step", "total", "count", "history"):
-            setattr(self, name, saved[name])
-        torch.set_rng_state(saved["rng"])
-        if self.device.type == "cuda" and "cuda_rng" in saved:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-
-    def parts(self) -> dict:
-        parts = {"model": self.model, "momentum": self.momentum, "optimizer": self.optimizer}
-        return {name: part for name, part in parts.items() if part is not None}
-
-
 def train(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0) -> dict:
     """Train, evaluate, write the run folder `out`. Returns the metrics, or {} when it was interrupted.
 
@@ -229,6 +182,7 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
     settings.regions = extract.kind(settings, splits)
     last = runs.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
     bert, tokenizer = runs.text_encoder(settings)
+    bert.requires_grad_(settings.text_lr > 0)  # words that take no steps need no gradients
     seen = extract.prepare(splits, settings, out, where, workers, last and last["seen"])
     feature_dim, clip_dim = splits["train"].features.dim, (seen["clip"] or {}).get("dim", 0)
     if last:
@@ -425,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = runs.make_settings(given)
         out = out or Path("runs") / f"{settings.dataset}-{settings.model}"
         if resume:
-            settings = resumed(out, given)
+            settings = runs.resumed(out, given)
         elif (out / "settings.json").exists() or (out / "checkpoint.pt").exists():
             raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
         result = train(settings, out, device, resume, workers)
@@ -435,19 +389,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0 if result else 130
-
-
-def resumed(out: Path, given: dict) -> Settings:
-    """The settings of the run in `out`; what was given anew must agree with them, but for a larger --epochs."""
-    stored = runs.stored_settings(out)
-    for name, value in given.items():
-        before = getattr(stored, name)
-        if value is not None and value != before:
-            if name != "epochs" or value < before:
-                raise BadInput(f"{out} holds a run with --{name.replace('_', '-')} {before}, not {value}: "
-                               "resume it with its own settings (more --epochs are welcome), or give another --out")
-            stored.epochs = value
-    return stored
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from files import BadInput
 from tgdt import Encoded, take_weights
 
 # ----------------------------------------------------------------------------------------- semantic enhancement
@@ -74,8 +75,9 @@ class SelfGuidedEnhancement(nn.Module):
 
     def guide(self, regions: Tensor, mask: Tensor) -> Tensor:
         """[B, F] unit length: the regions' sum, weighted by how each one agrees with their mean."""
-        if self.slots and regions.shape[1] != self.slots:
-            raise ValueError(f"this model's statistics are of {self.slots} regions a picture, got {regions.shape[1]}")
+        if self.slots and (regions.shape[1] != self.slots or not mask.all()):
+            found = " to ".join(map(str, sorted({int(n) for n in mask.sum(1).aminmax()})))
+            raise BadInput(f"the model's statistics are of {self.slots} regions a picture, slot by slot; found {found}")
         mean = ((mask / mask.sum(1, keepdim=True))[:, None] @ regions).squeeze(1)                   # [B, F]
         local = self.local(regions)
         local = self.local_norm(local) if self.slots else unpack(self.local_norm(pack(local, mask)), mask)
@@ -230,7 +232,8 @@ class MomentumContrast(nn.Module):
     def __init__(self, model: nn.Module, dim: int, length: int = 2048, momentum: float = 0.999, warm: bool = True):
         super().__init__()
         self.momentum, self.warm = momentum, warm
-        self.encoder = copy.deepcopy(model).requires_grad_(False)
+        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+        self.encoder = copy.deepcopy(model, frozen).requires_grad_(False)  # what never changes is shared, not copied
         self.image_queue, self.text_queue = Queue(length, dim), Queue(length, dim)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.train(False)
@@ -245,9 +248,10 @@ class MomentumContrast(nn.Module):
         steps = int(self.steps)
         keep = min(self.momentum, 1 - 1 / (steps + 1)) if self.warm else self.momentum
         theirs, ours = model.state_dict(), self.encoder.state_dict()
-        real = [name for name in ours if ours[name].is_floating_point()]
+        own = [name for name in ours if ours[name].data_ptr() != theirs[name].data_ptr()]
+        real = [name for name in own if ours[name].is_floating_point()]
         torch._foreach_lerp_([ours[name] for name in real], [theirs[name] for name in real], 1 - keep)
-        for name in ours.keys() - set(real):  # BatchNorm's counter of batches
+        for name in set(own) - set(real):  # BatchNorm's counter of batches
             ours[name].copy_(theirs[name])
         self.steps += 1
 

@@ -9,13 +9,14 @@
 started again at will; `--arms "a; b"` takes some, `--seeds 0,1` some seeds. `table` prints the claims and draws them,
 from whatever is there, and copies the metrics to benchmarks/results.
 
-On photographs BERT is frozen, without dropout and noise, so that each caption goes through it once in a run: the
-smallest budget in which all arms can be trained on two cores. An arm changes one thing against the arm it is compared
-with.
+On photographs BERT is frozen, without dropout and noise, so that each caption goes through it once for all arms, and
+a batch holds all five captions of its images, so that each image is encoded once an epoch: the smallest budget in
+which all arms can be trained on two cores. An arm changes one thing against the arm it is compared with.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -45,7 +47,9 @@ import user
 
 HERE = Path(__file__).resolve().parent
 PHOTOGRAPHS = ["--precision", "bfloat16", "--text-lr", "0", "--dropout", "0", "--noise", "0", "--longest", "32",
-               "--dim", "256", "--feedforward", "512", "--schedule", "linear", "--weights", "model"]
+               "--dim", "256", "--feedforward", "512", "--schedule", "linear", "--weights", "model",
+               "--batch-size", "320", "--captions-per-image", "5", "--epochs", "8"]
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # seeds -> the 97.5 % point of Student's t
 LENGTHS, WEIGHTS = (10, 20, 50, 100, 200), (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 # -------------------------------------------------------------------------------------------------------------- changes
@@ -102,7 +106,7 @@ def stand_in_for_clip() -> None:
 def unmasked_batch() -> None:
     """Other captions of an image count as negatives in the batch."""
     uto_batch = losses.uto_batch
-    losses.uto_batch = lambda similarity, mu, gamma, positives: uto_batch(similarity, mu, gamma)
+    losses.uto_batch = lambda similarity, mu, gamma, positives, floor: uto_batch(similarity, mu, gamma, floor=floor)
 
 
 def unmasked_queue() -> None:
@@ -115,7 +119,6 @@ def nothing() -> None:
 
 
 TGDT, USER, PLAIN = ["--model", "tgdt"], ["--model", "user"], ["--model", "user", "--guide", "none"]
-PAIRS = [*PLAIN, "--captions-per-image", "2"]  # two captions of each image in a batch: false negatives abound
 ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "tgdt": (TGDT, nothing), "user": (USER, nothing), "unified": (["--model", "tgdt-user"], nothing),
     "tgdt, no intra-modal term": ([*TGDT, "--intra-margin", "9"], nothing),
@@ -124,8 +127,7 @@ ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "user, queue 512": ([*PLAIN, "--queue", "512"], nothing),
     "user, queue 8192": ([*PLAIN, "--queue", "8192"], nothing),
     "user, hinge": ([*PLAIN, "--queue", "0"], hinge_for_uto),
-    "user, two captions": (PAIRS, nothing), "user, two captions, batch unmasked": (PAIRS, unmasked_batch),
-    "user, two captions, queue unmasked": (PAIRS, unmasked_queue),
+    "user, batch unmasked": (PLAIN, unmasked_batch), "user, queue unmasked": (PLAIN, unmasked_queue),
     "user, stand-in for CLIP": (["--model", "user", "--guide", "clip"], stand_in_for_clip),
     "tgdt, beside": (TGDT, beside), "tgdt, detached": (TGDT, detached),
     "tgdt, margin 0.1": ([*TGDT, "--margin", "0.1"], nothing),
@@ -146,10 +148,8 @@ CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without 
     ("8 queues of 512", ("user, queue 512", "global"), ("user, no queue", "global")),
     ("8 queues of 2,048", ("user, no guide", "global"), ("user, no queue", "global")),
     ("8 queues of 8,192", ("user, queue 8192", "global"), ("user, no queue", "global")),
-    ("9 false negatives masked in the batch", ("user, two captions", "global"),
-     ("user, two captions, batch unmasked", "global")),
-    ("9 false negatives masked in the queue", ("user, two captions", "global"),
-     ("user, two captions, queue unmasked", "global")),
+    ("9 false negatives masked in the batch", ("user, no guide", "global"), ("user, batch unmasked", "global")),
+    ("9 false negatives masked in the queue", ("user, no guide", "global"), ("user, queue unmasked", "global")),
     ("10 the unified model, or TGDT", ("unified", "two_stage"), ("tgdt", "two_stage")),
     ("10 the unified model, or USER", ("unified", "two_stage"), ("user", "global")),
 ]
@@ -157,27 +157,35 @@ CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def freeze(text_encoder):
-    """BERT in eval mode and without gradients, and each caption through it once: its states are kept in memory."""
+def freeze(text_encoder, cache: Path):
+    """BERT in eval mode, and each caption through it once for all arms: its states are kept in a file in `cache`."""
 
     def frozen(settings):
         bert, tokenizer = text_encoder(settings)
-        bert.requires_grad_(False)
-        forward, states = bert.forward, {}
+        splits = data.load(settings.dataset, Path(settings.data_root), ("train", "val"))
+        captions = [caption for split in splits.values() for caption in split.captions]
+        words = batching.tokenize(captions, tokenizer, settings.longest)
+        bounds = list(zip(words.offsets, words.offsets[1:], strict=False))
+        place = {words.ids[start:end].astype(np.int64).tobytes(): (start, end) for start, end in bounds}
+        key = hashlib.sha256(words.ids.tobytes() + settings.text_encoder.encode()).hexdigest()[:12]
+        path, width, run_bert = cache / f"words-{key}.npy", bert.config.hidden_size, bert.eval().forward
+        if not path.is_file():
+            states = np.zeros((len(words.ids), width), np.float16)
+            for batch in tqdm(list(batching.text_batches(words, 256)), desc="words", unit="batch"):
+                with torch.no_grad():
+                    found = run_bert(input_ids=batch["word_ids"], attention_mask=batch["word_mask"].long())
+                for caption, state in zip(batch["caption_index"].tolist(), found.last_hidden_state, strict=True):
+                    start, end = bounds[caption]
+                    states[start:end] = state[: end - start].half().numpy()
+            cache.mkdir(parents=True, exist_ok=True)
+            files.write_whole(path, lambda file: np.save(file, states))
+        states = torch.from_numpy(np.load(path))
 
         def remembered(input_ids, attention_mask):
-            lengths = attention_mask.sum(1).tolist()
-            keys = [row[:n].tobytes() for row, n in zip(input_ids.numpy(), lengths, strict=True)]
-            new = [row for row, key in enumerate(keys) if key not in states]
-            if new:
-                bert.eval()
-                with torch.no_grad():
-                    found = forward(input_ids=input_ids[new], attention_mask=attention_mask[new]).last_hidden_state
-                for row, value in zip(new, found, strict=True):
-                    states[keys[row]] = value[: lengths[row]].half()
-            out = torch.zeros(*input_ids.shape, bert.config.hidden_size)
-            for row, (key, n) in enumerate(zip(keys, lengths, strict=True)):
-                out[row, :n] = states[key]
+            out = torch.zeros(*input_ids.shape, width)
+            for row, n in enumerate(attention_mask.sum(1).tolist()):
+                start, end = place[input_ids[row, :n].numpy().tobytes()]
+                out[row, :n] = states[start:end]
             return BaseModelOutput(out)
 
         bert.forward = remembered
@@ -191,7 +199,7 @@ def one(arm: str, flags: list[str], out: Path) -> int:
     own, change = ARMS[arm]
     change()
     if "flickr8k" in flags:
-        runs.text_encoder = freeze(runs.text_encoder)
+        runs.text_encoder = freeze(runs.text_encoder, out.parent)
     resume = (out / "checkpoint.pt").is_file()
     code = train.main(["--out", str(out), "--resume"] if resume else [*flags, *own, "--out", str(out)])
     if code:
@@ -201,8 +209,8 @@ def one(arm: str, flags: list[str], out: Path) -> int:
     extract.prepare(splits, settings, out)
     split = splits["val"]
     words = batching.tokenize(split.captions, tokenizer, settings.longest)
-    precision = "bfloat16" if settings.precision == "bfloat16" else "float32"
-    result, images, texts = measure.measure(model, split, words, settings, "cpu", precision)
+    where, precision = runs.resolve("auto", settings.precision)
+    result, images, texts = measure.measure(model.to(where), split, words, settings, where, precision)
     if arm == "tgdt":
         result["shortlists"] = measure.shortlists(images, texts, split.image_of, LENGTHS, settings.local_weight,
                                                   settings.words)
@@ -228,8 +236,8 @@ def train_all(args: argparse.Namespace, flags: list[str]) -> None:
             if (folder / "val.json").is_file():
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            given = ["--dataset", args.dataset, "--seed", str(seed), *flags]
-            given += PHOTOGRAPHS if args.dataset != "scenes" else []
+            given = ["--dataset", args.dataset, "--seed", str(seed)]
+            given += [*(PHOTOGRAPHS if args.dataset != "scenes" else ()), *flags]
             started = time.perf_counter()
             with open(folder / "log.txt", "ab") as log:
                 call = [sys.executable, __file__, "one", arm, str(folder), *given]
@@ -298,24 +306,68 @@ def table(args: argparse.Namespace) -> None:
                 lines.append((idea, pairs))
         if not lines:
             continue
-        titles = "the idea", "with", "without", "rsum", "R@1 image to text", "R@1 text to image", "seeds"
-        print(f"\n{dataset}, val\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+        print(f"\n**{dataset}, val**\n")
+        rows = []
         for idea, pairs in lines:
-            cells = [spread([pair[side]["rsum"] for pair in pairs]) for side in (0, 1)]
-            cells += [spread([a["rsum"] - b["rsum"] for a, b in pairs], "+")]
-            cells += [spread([a[way]["r1"] - b[way]["r1"] for a, b in pairs], "+") for way in ("i2t", "t2i")]
-            print(f"| {idea} | {' | '.join(cells)} | {len(pairs)} |")
+            gains = [a["rsum"] - b["rsum"] for a, b in pairs]
+            rows.append([idea, *(spread([pair[side]["rsum"] for pair in pairs]) for side in (0, 1)), spread(gains, "+"),
+                         *(spread([a[way]["r1"] - b[way]["r1"] for a, b in pairs], "+") for way in ("i2t", "t2i")),
+                         verdict(gains), len(pairs)])
+        print_table("claim", "with", "without", "rsum", "R@1 image to text", "R@1 text to image", "holds?", "seeds",
+                    rows=rows)
         draw(dataset, lines, HERE.parent / "docs" / f"claims-{dataset}.png")
+        print_searches(list(results(args.out, dataset, "tgdt").values()))
         for arm in ARMS:
             for seed, found in results(args.out, dataset, arm).items():
                 target = HERE / "results" / dataset / f"{place(args.out, dataset, arm, seed).name}.json"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 files.write_json(target, found)
+    if (args.out / "speed.json").is_file():
+        found = files.read_json(args.out / "speed.json")
+        print()
+        print_table("11 search, 1,000 images x 36 regions", "ms a caption", "times cross-attention's speed", rows=[
+            [name, f"{value:.2f}", f"{found['cross-attention'] / value:.0f}"] for name, value in found.items()])
+
+
+def print_searches(runs: list[dict]) -> None:
+    """Claims 3 and 4, after training: the shortlist's length, and the weight of local."""
+    if not runs:
+        return
+    whole = [run["mixed"] for run in runs]
+    rows = [["all", spread([run["rsum"] for run in whole]), "", "", "", "1.0"]]
+    for at, k in enumerate(LENGTHS):
+        short = [run["shortlists"][at] for run in runs]
+        lost = [[a["rsum"] - b["rsum"] for a, b in zip(short, whole, strict=True)]]
+        lost += [[a[way]["r1"] - b[way]["r1"] for a, b in zip(short, whole, strict=True)] for way in ("i2t", "t2i")]
+        faster = [run["seconds"]["mixed"] / a["seconds"] for run, a in zip(runs, short, strict=True)]
+        rows.append([k, spread([a["rsum"] for a in short]), *(spread(values, "+") for values in lost), spread(faster)])
+    print()
+    print_table("3 shortlist", "rsum", "against all", "R@1 image to text", "R@1 text to image", "times the speed",
+                rows=rows)
+    print()
+    print_table("4 weight of local", *(f"{weight:g}" for weight in WEIGHTS), rows=[
+        ["two-stage rsum", *(spread([run["weights"][str(weight)]["rsum"] for run in runs]) for weight in WEIGHTS)]])
+
+
+def print_table(*titles: str, rows: list[list]) -> None:
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 def spread(values: list[float], sign: str = "") -> str:
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.1f}{deviation}"
+
+
+def verdict(gains: list[float]) -> str:
+    """Whether the mean over the seeds lies further from 0 than Student's 95 % interval reaches."""
+    if len(gains) not in STUDENT:
+        return "too few seeds"
+    reach = STUDENT[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
+    if abs(statistics.mean(gains)) <= reach:
+        return "cannot tell"
+    return "yes" if statistics.mean(gains) > 0 else "**no: it costs**"
 
 
 def draw(dataset: str, lines: list, path: Path) -> None:

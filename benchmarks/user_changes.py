@@ -26,7 +26,7 @@ def count_false_negatives() -> None:
     """Other captions of a query's image, in the batch and in the queue, are negatives."""
     user.Queue.no_negatives = lambda self, image_index: (self.owner < 0).expand(len(image_index), -1)
     uto_batch = losses.uto_batch
-    losses.uto_batch = lambda similarity, mu, gamma, positives: uto_batch(similarity, mu, gamma)
+    losses.uto_batch = lambda similarity, mu, gamma, positives, floor: uto_batch(similarity, mu, gamma, floor=floor)
 
 
 def shuffle_captions() -> None:

@@ -187,8 +187,23 @@ def test_an_empty_queue_has_no_say():
     assert loss.item() == pytest.approx(-(queries * keys).sum(1).clamp(min=0).log1p().mean().item(), abs=1e-12)
 
 
+def test_without_its_floor_the_reward_pulls_up_pairs_that_start_below_zero():
+    truth = torch.tensor([-0.4, 0.3], dtype=torch.double, requires_grad=True)
+    assert torch.allclose(losses.reward(truth), torch.tensor([0.0, np.log(1.3)]).double())
+    assert torch.allclose(losses.reward(truth, floor=False), torch.tensor([-0.4, np.log(1.3)]).double())
+    for floor, slope in ((True, 0.0), (False, 1.0)):
+        found, = torch.autograd.grad(losses.reward(truth, floor).sum(), truth)
+        assert torch.allclose(found, torch.tensor([slope, 1 / 1.3]).double())
+    apart = -torch.eye(4, dtype=torch.double, requires_grad=True)  # a batch whose every pair looks away from itself
+    loss = losses.uto_batch(apart, floor=True)
+    assert abs(loss.item()) < 1e-15 and torch.autograd.grad(loss, apart)[0].abs().max() < 1e-15
+    slope, = torch.autograd.grad(losses.uto_batch(apart, floor=False), apart)
+    assert torch.allclose(slope, -torch.eye(4).double() / 4)
+
+
 def test_uto_gradients():
     image, text = random_tokens(3, 5).requires_grad_(), random_tokens(3, 5, seed=1).requires_grad_()
     keys, queue = random_tokens(3, 5, seed=2), random_tokens(4, 5, seed=3)
-    assert torch.autograd.gradcheck(
-        lambda image, text: losses.uto(image, text, keys, keys, queue, queue, mu=6.0, gamma=0.1), (image, text))
+    for floor in (True, False):
+        assert torch.autograd.gradcheck(lambda image, text, floor=floor: losses.uto(
+            image, text, keys, keys, queue, queue, mu=6.0, gamma=0.1, floor=floor), (image, text))

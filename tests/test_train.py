@@ -168,8 +168,17 @@ def test_without_a_queue_there_is_uto_on_the_batch_alone(bert):
              "word_ids": torch.randint(5, 9, (3, 4), generator=g), "word_mask": torch.ones(3, 4, dtype=torch.bool),
              "image_row": torch.arange(3), "image_index": torch.arange(3)}
     similarity = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
-    want = settings.batch_weight * losses.uto_batch(similarity, settings.mu, settings.gamma)
+    want = settings.batch_weight * losses.uto_batch(similarity, settings.mu, settings.gamma, floor=False)
     assert torch.allclose(train.objective(model, batch, settings, False, "float32"), want, atol=1e-5)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_words_that_take_no_steps_stay_as_they_were(flags, bert, tmp_path):
+    assert train.main([*flags, "--model", "user", "--queue", "8", "--text-lr", "0", "--out", str(tmp_path / "a")]) == 0
+    trained = weights(tmp_path / "a")
+    settings = runs.stored_settings(tmp_path / "a")
+    for name, value in runs.text_encoder(settings)[0].state_dict().items():
+        assert torch.equal(trained[f"bert.{name}"], value), name
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -85,8 +85,12 @@ def test_released_weights_give_the_released_outputs(released, given):
 
 
 def test_the_released_statistics_are_slot_by_slot(released, given):
-    with pytest.raises(ValueError, match="36 regions.*got 35"):
+    with pytest.raises(ValueError, match="36 regions.*found 35"):
         released.guide(given["regions"][:, 1:], torch.ones(6, 35, dtype=torch.bool))
+    ragged = torch.ones(6, 36, dtype=torch.bool)
+    ragged[2, 30:] = False
+    with pytest.raises(ValueError, match="36 regions.*found 30 to 36"):
+        released.guide(given["regions"], ragged)
 
 
 def test_what_is_not_a_released_checkpoint_is_refused_by_name(tmp_path):
@@ -305,6 +309,20 @@ def test_a_warm_momentum_encoder_is_the_mean_of_what_the_model_has_been():
     model.project.bias.data.fill_(1003.0)
     momentum.update(model)
     assert torch.allclose(momentum.encoder.project.bias, torch.full((8,), 4.0))
+
+
+def test_frozen_weights_are_shared_and_the_others_are_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    momentum = user.MomentumContrast(model, 3, 4, momentum=0.5, warm=False)
+    assert momentum.encoder[0].weight is model[0].weight and momentum.encoder[1].weight is not model[1].weight
+    before = [linear.weight.clone() for linear in model]
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    momentum.update(model)
+    assert torch.equal(momentum.encoder[0].weight, before[0])
+    assert torch.allclose(momentum.encoder[1].weight, before[1] + 0.5)
+    assert not momentum.encoder[1].weight.requires_grad and model[1].weight.requires_grad
 
 
 def test_the_momentum_encoder_has_no_gradient_and_no_dropout():
