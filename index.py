@@ -161,7 +161,7 @@ def open_side(folder: Path, kind: str, manifest: dict) -> Embeddings:
         side.tokens = mapped(folder / f"{kind}.tokens", DTYPES[manifest["dtype"]], int(side.offsets[-1]) * dim)
         side.tokens = side.tokens.view(-1, dim)
     if kind in manifest["faiss"]:
-        side.graph = import_faiss().read_index(str(folder / f"{kind}.faiss"))
+        side.faiss = import_faiss().read_index(str(folder / f"{kind}.faiss"))
     return side
 
 
@@ -188,15 +188,15 @@ def approximate(folder: Path, side: Embeddings, queries: torch.Tensor, k: int = 
     faiss = import_faiss()
     vectors = side.globals
     lists = max(1, min(int(4 * len(vectors) ** 0.5), len(vectors) // 40))
-    graph = faiss.index_factory(vectors.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    built = faiss.index_factory(vectors.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
     chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[: 64 * lists]
-    graph.train(vectors[chosen].numpy())
+    built.train(vectors[chosen].numpy())
     for start in tqdm(range(0, len(vectors), 2**16), desc=f"FAISS reads {side.kind}s", unit="block"):
-        graph.add(vectors[start : start + 2**16].numpy())
-    graph.nprobe = max(1, lists // 16)
-    faiss.write_index(graph, str(folder / f"{side.kind}.faiss"))
+        built.add(vectors[start : start + 2**16].numpy())
+    built.nprobe = max(1, lists // 16)
+    faiss.write_index(built, str(folder / f"{side.kind}.faiss"))
     k = min(k, len(vectors))
-    exact, found = nearest(queries, vectors, k)[1], torch.from_numpy(graph.search(queries.numpy(), k)[1])
+    exact, found = nearest(queries, vectors, k)[1], torch.from_numpy(built.search(queries.numpy(), k)[1])
     return (exact[:, :, None] == found[:, None]).any(2).float().mean().item()
 
 

@@ -29,7 +29,7 @@ class Embeddings:
     kind: "image" or "text".  globals: [N, D] unit length.
     tokens: [N, T, D] unit length with mask [N, T] bool, the real ones; or packed, [total, D] with offsets [N + 1] long,
     item n having tokens[offsets[n] : offsets[n + 1]]; or None for a model without fine tokens. Of any floating type, on
-    any device, or memory-mapped. graph: a FAISS index of the globals, which then does stage 1 (see `index.py`).
+    any device, or memory-mapped. faiss: a FAISS index of the globals, which then does stage 1 (see `index.py`).
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Embeddings:
     tokens: Tensor | None = None
     mask: Tensor | None = None
     offsets: Tensor | None = None
-    graph: object | None = None
+    faiss: object | None = None
 
     def __len__(self) -> int:
         return len(self.globals)
@@ -129,8 +129,8 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
 
 def first_stage(queries: Tensor, corpus: Embeddings, k: int, memory: int) -> tuple[Tensor, Tensor]:
     """The k best by the global embeddings, [Q, k] scores and indices: exact, or as FAISS finds them."""
-    if corpus.graph is not None:
-        scores, indices = map(torch.from_numpy, corpus.graph.search(queries.cpu().numpy(), k))
+    if corpus.faiss is not None:
+        scores, indices = map(torch.from_numpy, corpus.faiss.search(queries.cpu().numpy(), k))
         if (indices >= 0).all():  # it may find fewer than k
             return scores.to(queries.device), indices.to(queries.device)
     return nearest(queries, corpus.globals, k, memory)

@@ -164,8 +164,8 @@ def test_faiss_takes_over_stage_1(sides, tmp_path):
     manifest = index.build(out, IDENTITY | {"tokens": False}, counts,
                            lambda kind, items: many[kind][torch.from_numpy(items)], {}, faiss="always")
     opened = index.load(out)
-    assert opened.images.graph is not None and 0.3 < manifest["faiss"]["image"] <= 1
-    opened.images.graph.nprobe = opened.images.graph.nlist  # looks everywhere: then it is exact
+    assert opened.images.faiss is not None and 0.3 < manifest["faiss"]["image"] <= 1
+    opened.images.faiss.nprobe = opened.images.faiss.nlist  # looks everywhere: then it is exact
     exact = search(many["text"][:20], many["image"], 50)
     found = search(many["text"][:20], opened.images, 50)
     assert torch.allclose(exact[1], found[1], atol=1e-5) and torch.equal(exact[0], found[0])
@@ -182,7 +182,7 @@ def test_without_faiss_stage_1_stays_exact(sides, tmp_path, monkeypatch, capsys)
 
     assert index.build(tmp_path / "index", IDENTITY, counts, encode, {}, "auto")["faiss"] == {}
     assert "FAISS is not installed" in capsys.readouterr().out
-    assert index.load(tmp_path / "index").images.graph is None
+    assert index.load(tmp_path / "index").images.faiss is None
     with pytest.raises(BadInput, match="faiss-cpu"):
         index.build(tmp_path / "other", IDENTITY, counts, encode, {}, "always")
 
