@@ -4,9 +4,9 @@
     python benchmarks/bundle.py unpack --bundle BUNDLE --out DIR
 
 `pack` reads dataset_flickr8k.json and the pictures, and writes them smaller, with BERT in half precision, cut to the
-word pieces of these captions, and EfficientNet-Lite0's weights and code (see efficientnet.py for its packages). `unpack`
-computes the features there, 36 cells a picture, in the SCAN layout, and says how to go on. Smaller pictures give other
-features: figures from a bundle are compared with figures from a bundle only.
+word pieces of these captions, and EfficientNet-Lite0's weights and code (see efficientnet.py for its packages).
+`unpack` computes the features there, 36 cells a picture, in the SCAN layout, and says how to go on. Smaller pictures
+give other features: figures from a bundle are compared with figures from a bundle only.
 """
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def pack(root: Path, text_encoder: str, out: Path, side: int, quality: int) -> i
             small, content = photos.read(place), io.BytesIO()
             small.resize((side, side), Image.Resampling.LANCZOS).save(content, "JPEG", quality=quality, optimize=True)
             sizes.append(pictures.write(content.getvalue()))
-    files.write_json(out / "captions.json", {"splits": [image["split"] for image in kept], "captions": captions,
-                                             "sizes": sizes})
+    listed = {"splits": [image["split"] for image in kept], "captions": captions, "sizes": sizes}
+    (out / "captions.json").write_text(json.dumps(listed, ensure_ascii=False), encoding="utf8")
     shorten(text_encoder, [caption for group in captions for caption in group], out / "bert")
     for package in (code, weights):
         shutil.copytree(Path(package.__file__).parent, out / "packages" / package.__name__,
@@ -120,8 +120,8 @@ def main() -> int:
     parser.add_argument("--data-root", type=Path, help="pack: folder of dataset_flickr8k.json and the pictures")
     parser.add_argument("--text-encoder", help="pack: folder of a BERT")
     parser.add_argument("--bundle", type=Path, help="unpack: what pack wrote")
-    parser.add_argument("--side", type=int, default=160, help="pixels of a packed picture's side (default 160)")
-    parser.add_argument("--quality", type=int, default=50, help="of its JPEG (default 50)")
+    parser.add_argument("--side", type=int, default=144, help="pixels of a packed picture's side (default 144)")
+    parser.add_argument("--quality", type=int, default=40, help="of its JPEG (default 40)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "unpack":

@@ -78,6 +78,12 @@ def beside() -> None:
     tgdt.TokenGuidedEncoder.forward = forward
 
 
+def fine_alone() -> None:
+    """CMC's hinge on the local similarities only: nothing trains the coarse vectors."""
+    losses.cmc = lambda image_global, text_global, local, positives, margin, intra_margin, weight, negatives: (
+        losses.hinge(weight * local, margin, positives, negatives))
+
+
 def hinge_for_uto() -> None:
     """USER on the batch alone, by the hinge with hardest negatives, the mean over negatives in the first epoch."""
 
@@ -122,6 +128,7 @@ TGDT, USER = ["--model", "tgdt"], ["--model", "user", "--lr", "0.001"]  # rates 
 PLAIN = [*USER, "--guide", "none"]
 ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "tgdt": (TGDT, nothing), "user": (USER, nothing), "unified": (["--model", "tgdt-user"], nothing),
+    "tgdt, trained coarse": ([*TGDT, "--local-weight", "0"], nothing), "tgdt, trained fine": (TGDT, fine_alone),
     "tgdt, no intra-modal term": ([*TGDT, "--intra-margin", "9"], nothing),
     "user, no guide": (PLAIN, nothing),
     "user, no queue": ([*PLAIN, "--queue", "0"], nothing),
@@ -135,8 +142,10 @@ ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "tgdt, margin 0.4": ([*TGDT, "--margin", "0.4"], nothing),
 }
 CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without it and how
-    ("1 fine beside coarse: two-stage, or coarse alone", ("tgdt", "two_stage"), ("tgdt", "global")),
-    ("1 coarse beside fine: mixed, or fine alone", ("tgdt", "mixed"), ("tgdt", "local")),
+    ("1 one model, searched two-stage, or by coarse alone", ("tgdt", "two_stage"), ("tgdt", "global")),
+    ("1 one model, searched by both, or by fine alone", ("tgdt", "mixed"), ("tgdt", "local")),
+    ("1 trained on both, or on coarse alone", ("tgdt", "two_stage"), ("tgdt, trained coarse", "global")),
+    ("1 trained on both, or on fine alone", ("tgdt", "two_stage"), ("tgdt, trained fine", "local")),
     ("2 CMC's intra-modal term", ("tgdt", "two_stage"), ("tgdt, no intra-modal term", "two_stage")),
     ("2 margin 0.2, or 0.1", ("tgdt", "two_stage"), ("tgdt, margin 0.1", "two_stage")),
     ("2 margin 0.2, or 0.4", ("tgdt", "two_stage"), ("tgdt, margin 0.4", "two_stage")),
