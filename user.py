@@ -74,7 +74,10 @@ class SelfGuidedEnhancement(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def guide(self, regions: Tensor, mask: Tensor) -> Tensor:
-        """[B, F] unit length: the regions' sum, weighted by how each one agrees with their mean."""
+        """[B, F] unit length: the regions' sum, weighted by how each one agrees with their mean (USER, SGE).
+
+        regions [B, R, F], mask [B, R]. Raises BadInput where statistics are of `slots` and a picture has more or fewer.
+        """
         if self.slots and (regions.shape[1] != self.slots or not mask.all()):
             found = " to ".join(map(str, sorted({int(n) for n in mask.sum(1).aminmax()})))
             raise BadInput(f"the model's statistics are of {self.slots} regions a picture, slot by slot; found {found}")

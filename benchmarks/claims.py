@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 PHOTOGRAPHS = ["--precision", "bfloat16", "--text-lr", "0", "--dropout", "0", "--noise", "0", "--longest", "32",
                "--dim", "256", "--feedforward", "512", "--schedule", "linear", "--weights", "model",
                "--batch-size", "160", "--captions-per-image", "5", "--epochs", "5", "--momentum", "0.995"]
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # seeds -> the 97.5 % point of Student's t
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # seeds -> the 97.5 % point of Student's t; smaller for more
 LENGTHS, WEIGHTS = (10, 20, 50, 100, 200), (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 # -------------------------------------------------------------------------------------------------------------- changes
@@ -375,9 +375,9 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def verdict(gains: list[float]) -> str:
     """Whether the mean over the seeds lies further from 0 than Student's 95 % interval reaches."""
-    if len(gains) not in STUDENT:
+    if len(gains) < 2:
         return "too few seeds"
-    reach = STUDENT[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
+    reach = STUDENT.get(len(gains), STUDENT[6]) * statistics.stdev(gains) / len(gains) ** 0.5
     if abs(statistics.mean(gains)) <= reach:
         return "cannot tell"
     return "yes" if statistics.mean(gains) > 0 else "**no: it costs**"
