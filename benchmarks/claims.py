@@ -33,6 +33,8 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import user_changes
+
 import batching
 import data
 import extract
@@ -43,7 +45,6 @@ import run as runs
 import tgdt
 import train
 import twostage
-import user
 
 HERE = Path(__file__).resolve().parent
 PHOTOGRAPHS = ["--precision", "bfloat16", "--text-lr", "0", "--dropout", "0", "--noise", "0", "--longest", "32",
@@ -109,17 +110,6 @@ def stand_in_for_clip() -> None:
     extract.prepare = prepare
 
 
-def unmasked_batch() -> None:
-    """Other captions of an image count as negatives in the batch."""
-    uto_batch = losses.uto_batch
-    losses.uto_batch = lambda similarity, mu, gamma, positives, floor: uto_batch(similarity, mu, gamma, floor=floor)
-
-
-def unmasked_queue() -> None:
-    """Other captions of a query's image count as negatives in the queue."""
-    user.Queue.no_negatives = lambda self, image_index: (self.owner < 0).expand(len(image_index), -1)
-
-
 def nothing() -> None:
     pass
 
@@ -135,8 +125,15 @@ ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "user, queue 512": ([*PLAIN, "--queue", "512"], nothing),
     "user, queue 8192": ([*PLAIN, "--queue", "8192"], nothing),
     "user, hinge": ([*PLAIN, "--queue", "0"], hinge_for_uto),
-    "user, batch unmasked": (PLAIN, unmasked_batch), "user, queue unmasked": (PLAIN, unmasked_queue),
+    "user, batch unmasked": (PLAIN, user_changes.CHANGES["batch-unmasked"]),
+    "user, queue unmasked": (PLAIN, user_changes.CHANGES["queue-unmasked"]),
     "user, stand-in for CLIP": ([*USER, "--guide", "clip"], stand_in_for_clip),
+    "user, slot statistics": ([*USER, "--slots", "36"], nothing),
+    "user, momentum copy": ([*PLAIN, "--weights", "momentum"], nothing),
+    "user, reward floor": ([*PLAIN, "--reward-floor"], nothing),
+    "user, keys in training": (PLAIN, user_changes.CHANGES["keys-in-training"]),
+    "user, cold momentum": (PLAIN, user_changes.CHANGES["cold-momentum"]),
+    "user, full queue": (PLAIN, user_changes.CHANGES["full-queue"]),
     "tgdt, beside": (TGDT, beside), "tgdt, detached": (TGDT, detached),
     "tgdt, margin 0.1": ([*TGDT, "--margin", "0.1"], nothing),
     "tgdt, margin 0.4": ([*TGDT, "--margin", "0.4"], nothing),
@@ -162,6 +159,12 @@ CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without 
     ("9 false negatives masked in the queue", ("user, no guide", "global"), ("user, queue unmasked", "global")),
     ("10 the unified model, or TGDT", ("unified", "two_stage"), ("tgdt", "two_stage")),
     ("10 the unified model, or USER", ("unified", "two_stage"), ("user", "global")),
+    ("ours: statistics of SGE over regions, or by slot", ("user", "global"), ("user, slot statistics", "global")),
+    ("ours: the momentum copy, or the model", ("user, momentum copy", "global"), ("user, no guide", "global")),
+    ("ours: a reward below 0, or none", ("user, no guide", "global"), ("user, reward floor", "global")),
+    ("ours: keys as when testing, or training", ("user, no guide", "global"), ("user, keys in training", "global")),
+    ("ours: a momentum that grows, or not", ("user, no guide", "global"), ("user, cold momentum", "global")),
+    ("ours: queues empty at the start, or random", ("user, no guide", "global"), ("user, full queue", "global")),
 ]
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -374,12 +377,13 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def verdict(gains: list[float]) -> str:
-    """Whether the mean over the seeds lies further from 0 than Student's 95 % interval reaches."""
+    """Whether the mean over the seeds lies further from 0 than Student's 95 % interval reaches; if not, how far from 0
+    the interval goes at most: within 1 is as good as no difference, within 10 is no knowledge."""
     if len(gains) < 2:
         return "too few seeds"
     reach = STUDENT.get(len(gains), STUDENT[6]) * statistics.stdev(gains) / len(gains) ** 0.5
     if abs(statistics.mean(gains)) <= reach:
-        return "cannot tell"
+        return f"cannot tell: within {abs(statistics.mean(gains)) + reach:.1f}"
     return "yes" if statistics.mean(gains) > 0 else "**no: it costs**"
 
 

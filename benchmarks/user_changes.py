@@ -2,8 +2,9 @@
 
     python benchmarks/user_changes.py CHANGE [flags of train.py]      # CHANGE: a name below, none, or all
 
-Everything else stays as it is. Two changes are settings and need nothing of this: --slots 36, and --weights model;
-"all" with both is the released training but for its exponential, which overflows in half precision.
+Everything else stays as it is. Three changes are settings and need nothing of this: --slots 36, --reward-floor and
+--weights model; "all" with these is the released training but for its exponential, which overflows in half precision.
+`claims.py` makes the same changes one at a time, in a smaller budget.
 """
 from __future__ import annotations
 
@@ -22,11 +23,15 @@ import train
 import user
 
 
-def count_false_negatives() -> None:
-    """Other captions of a query's image, in the batch and in the queue, are negatives."""
-    user.Queue.no_negatives = lambda self, image_index: (self.owner < 0).expand(len(image_index), -1)
+def unmask_batch() -> None:
+    """Other captions of an image count as negatives in the batch."""
     uto_batch = losses.uto_batch
     losses.uto_batch = lambda similarity, mu, gamma, positives, floor: uto_batch(similarity, mu, gamma, floor=floor)
+
+
+def unmask_queue() -> None:
+    """Other captions of a query's image count as negatives in the queue."""
+    user.Queue.no_negatives = lambda self, image_index: (self.owner < 0).expand(len(image_index), -1)
 
 
 def shuffle_captions() -> None:
@@ -69,13 +74,13 @@ def replace_momentum(by: object) -> None:
 
 CHANGES = {
     "none": lambda: None,
-    "false-negatives": count_false_negatives,
+    "batch-unmasked": unmask_batch,
+    "queue-unmasked": unmask_queue,
     "shuffle": shuffle_captions,
-    "shuffle+false-negatives": lambda: (shuffle_captions(), count_false_negatives()),
     "keys-in-training": lambda: replace_momentum(InTraining),
     "cold-momentum": lambda: replace_momentum(functools.partial(Original, warm=False)),
     "full-queue": lambda: replace_momentum(lambda *given: fill(Original(*given))),
-    "all": lambda: (shuffle_captions(), count_false_negatives(),
+    "all": lambda: (shuffle_captions(), unmask_batch(), unmask_queue(),
                     replace_momentum(lambda *given: fill(InTraining(*given, warm=False)))),
 }
 
