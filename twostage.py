@@ -128,12 +128,18 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
 
 
 def first_stage(queries: Tensor, corpus: Embeddings, k: int, memory: int) -> tuple[Tensor, Tensor]:
-    """The k best by the global embeddings, [Q, k] scores and indices: exact, or as FAISS finds them."""
-    if corpus.faiss is not None:
-        scores, indices = map(torch.from_numpy, corpus.faiss.search(queries.cpu().numpy(), k))
-        if (indices >= 0).all():  # it may find fewer than k
-            return scores.to(queries.device), indices.to(queries.device)
-    return nearest(queries, corpus.globals, k, memory)
+    """The k best by the global embeddings, [Q, k] scores and indices: exact, or as FAISS finds them.
+
+    FAISS gives -1 where the parts it looks into hold fewer than k: such a query is searched exactly.
+    """
+    if corpus.faiss is None:
+        return nearest(queries, corpus.globals, k, memory)
+    scores, indices = (torch.from_numpy(found).to(queries.device)
+                       for found in corpus.faiss.search(queries.cpu().numpy(), k))
+    short = (indices < 0).any(1)
+    if short.any():
+        scores[short], indices[short] = nearest(queries[short], corpus.globals, k, memory)
+    return scores, indices
 
 
 def nearest(queries: Tensor, corpus: Tensor, k: int, memory: int = 2**28) -> tuple[Tensor, Tensor]:

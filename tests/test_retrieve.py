@@ -133,6 +133,23 @@ def test_one_query_no_corpus_no_tokens(corpus):
         retrieve.search(texts, images, shortlist=0)
 
 
+def test_a_query_for_which_faiss_finds_too_few_is_searched_exactly(corpus):
+    class Short:
+        """Finds the last three images for any query; for the second query one of them only."""
+
+        def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            indices = np.tile(np.arange(n - 3, n), (len(vectors), 1))
+            indices[1, 1:] = -1
+            return np.zeros(indices.shape, np.float32), indices
+
+    images, texts = corpus
+    n = len(images)
+    exact = twostage.nearest(texts.globals, images.globals, 3)
+    scores, indices = twostage.first_stage(texts.globals, Embeddings("image", images.globals, faiss=Short()), 3, 2**28)
+    assert torch.equal(indices[0], torch.arange(n - 3, n)) and scores[0].eq(0).all()
+    assert torch.equal(indices[1], exact[1][1]) and torch.allclose(scores[1], exact[0][1])
+
+
 def test_the_whole_shortlist_is_the_exhaustive_mixed_similarity(corpus):
     images, texts = corpus
     image_of = torch.arange(31) % 12
