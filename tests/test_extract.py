@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,31 @@ def test_extraction_goes_on_where_it_was_stopped(root, seen, monkeypatch, capsys
     assert len(seen) == 2 and (stop is RuntimeError or "2 of 5" in capsys.readouterr().out)
     monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen))
     assert np.allclose(features(run(root, ALL)), [colour(root / name) for name in ALL]) and len(seen) == 5
+
+
+def test_a_second_program_waits_for_the_first_and_computes_nothing_twice(root, seen, monkeypatch):
+    begun, second_waits = threading.Event(), threading.Event()
+
+    class Slow(Means):
+        def look(self, batch):
+            begun.set()
+            assert second_waits.wait(20)
+            return super().look(batch)
+
+    def told(message: str) -> None:
+        assert message.startswith("another program is looking at these pictures")
+        second_waits.set()
+
+    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Slow(seen))
+    monkeypatch.setattr(extract, "print", told, raising=False)
+    with ThreadPoolExecutor(2) as programs:
+        first = programs.submit(run, root, ALL[:3])
+        assert begun.wait(20)
+        second = programs.submit(run, root, ALL)
+        splits = first.result(30), second.result(30)
+    assert len(seen) == 5  # three by the first, two by the second
+    for split, names in zip(splits, (ALL[:3], ALL), strict=True):
+        assert np.allclose(features(split), [colour(root / name) for name in names])
 
 
 def test_workers_see_the_same(root, seen, monkeypatch):
