@@ -93,7 +93,8 @@ class Settings:
     text_lr: float = setting(0.1, "the text encoder's learning rate, as a part of the others'; 0: frozen")
     weight_decay: float = setting(1e-4, "weight decay")
     warmup: int = setting(100, "steps of linear warm-up")
-    schedule: str = setting("linear", "after the warm-up: linear to 0, or step (x 0.1)", ("linear", "step"))
+    schedule: str = setting("linear", "after the warm-up: linear to 0, step (x 0.1), or constant",
+                            ("linear", "step", "constant"))
     drop_every: int = setting(20, "epochs between two drops of the step schedule")
     clip: float = setting(2.0, "largest norm of the gradient")
     precision: str = setting("auto", "auto: bfloat16 on a GPU, float32 elsewhere", ("auto", "float32", "bfloat16"))

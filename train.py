@@ -137,13 +137,15 @@ def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Op
 
 
 def rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
-    """The learning rate at a step, as a part of its peak: linear warm-up, then linear to 0, or x 0.1 in steps."""
+    """The learning rate at a step, as a part of its peak: linear warm-up, then linear to 0, x 0.1 in steps, or as is."""
     total = steps_per_epoch * settings.epochs
     warmup = min(settings.warmup, total // 2)
     if step < warmup:
         return (step + 1) / warmup
     if settings.schedule == "step":
         return 0.1 ** (step // steps_per_epoch // settings.drop_every)
+    if settings.schedule == "constant":
+        return 1.0
     return (total - step) / max(1, total - warmup)
 
 

@@ -116,6 +116,7 @@ def nothing() -> None:
 
 TGDT, USER = ["--model", "tgdt"], ["--model", "user", "--lr", "0.001"]  # rates by a look at seed 0 on val
 PLAIN = [*USER, "--guide", "none"]
+LONGER = ["--epochs", "10"]  # twice the steps: five epochs leave USER not quite trained
 ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "tgdt": (TGDT, nothing), "user": (USER, nothing), "unified": (["--model", "tgdt-user"], nothing),
     "tgdt, trained coarse": ([*TGDT, "--local-weight", "0"], nothing), "tgdt, trained fine": (TGDT, fine_alone),
@@ -129,6 +130,9 @@ ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "user, batch unmasked": (PLAIN, user_changes.CHANGES["batch-unmasked"]),
     "user, queue unmasked": (PLAIN, user_changes.CHANGES["queue-unmasked"]),
     "user, stand-in for CLIP": ([*USER, "--guide", "clip"], stand_in_for_clip),
+    "user, longer": ([*USER, *LONGER], nothing),
+    "user, no guide, longer": ([*PLAIN, *LONGER], nothing),
+    "user, no queue, longer": ([*PLAIN, "--queue", "0", *LONGER], nothing),
     "user, slot statistics": ([*USER, "--slots", "36"], nothing),
     "user, momentum copy": ([*PLAIN, "--weights", "momentum"], nothing),
     "user, reward floor": ([*PLAIN, "--reward-floor"], nothing),
@@ -152,10 +156,13 @@ CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without 
     ("5 token guidance: on top of the tokens, or beside", ("tgdt", "two_stage"), ("tgdt, beside", "two_stage")),
     ("5 gradients through the tokens, or detached", ("tgdt", "two_stage"), ("tgdt, detached", "two_stage")),
     ("6 SGE", ("user", "global"), ("user, no guide", "global")),
+    ("6 SGE, twice the steps", ("user, longer", "global"), ("user, no guide, longer", "global")),
     ("6 CGE by a stand-in for CLIP, or SGE", ("user, stand-in for CLIP", "global"), ("user", "global")),
     ("7 UTO, or the hinge, both on the batch", ("user, no queue", "global"), ("user, hinge", "global")),
     ("8 queues of 512", ("user, queue 512", "global"), ("user, no queue", "global")),
     ("8 queues of 2,048", ("user, no guide", "global"), ("user, no queue", "global")),
+    ("8 queues of 2,048, twice the steps", ("user, no guide, longer", "global"),
+     ("user, no queue, longer", "global")),
     ("8 queues of 8,192", ("user, queue 8192", "global"), ("user, no queue", "global")),
     ("9 false negatives masked in the batch", ("user, no guide", "global"), ("user, batch unmasked", "global")),
     ("9 false negatives masked in the queue", ("user, no guide", "global"), ("user, queue unmasked", "global")),

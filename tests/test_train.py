@@ -368,6 +368,8 @@ def test_the_learning_rate():
     assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
     settings.schedule = "step"
     assert [train.rate(step, 25, settings) for step in (30, 49, 50, 99)] == pytest.approx([1, 1, 0.1, 0.1])
+    settings.schedule = "constant"
+    assert [train.rate(step, 25, settings) for step in (0, 10, 99)] == pytest.approx([0.1, 1, 1])
 
 
 def test_the_paper_preset_is_the_released_configuration():
