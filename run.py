@@ -119,8 +119,9 @@ class Settings:
                            "many, or 0 for none")
         if self.mu <= 0:
             raise BadInput(f"--mu {self.mu}: expected more than 0")
-        if self.batch_size < 2:
-            raise BadInput(f"--batch-size {self.batch_size}: expected at least 2, so that there are negatives")
+        if self.batch_size < 2 * self.captions_per_image:
+            raise BadInput(f"--batch-size {self.batch_size}: expected at least {2 * self.captions_per_image}, twice "
+                           "--captions-per-image, so that there are two images and negatives")
         for name in ("dim", "region_width"):
             if getattr(self, name) % self.heads:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a multiple of the "
@@ -134,11 +135,11 @@ class Settings:
 SCENES = {  # small preset, built-in scenes: words learnt from scratch, within three minutes on two cores
     "text_encoder": "from-scratch", "text_layers": 1, "text_lr": 1.0, "dim": 128, "region_width": 128,
     "feedforward": 256, "dropout": 0.0, "epochs": 5, "lr": 1e-3, "captions_per_image": 3, "batch_size": 72,
-    "clip": 20.0, "schedule": "linear", "warmup": 100, "weights": "model",
+    "clip": 20.0, "schedule": "linear", "warmup": 100, "momentum": 0.999, "weights": "model",
 }
-USER = {  # small preset, USER: the released configuration with 9 epochs for 20
-    "guide": "self", "noise": 0.2, "dim": 1024, "epochs": 9, "schedule": "step", "drop_every": 6, "warmup": 0,
-    "weights": "momentum",
+USER = {  # small preset, USER: all captions of an image in one batch, a constant rate, and the average over it kept
+    "guide": "self", "noise": 0.2, "dim": 1024, "epochs": 9, "batch_size": 160, "captions_per_image": 5, "lr": 1e-3,
+    "schedule": "constant", "warmup": 0, "momentum": 0.997, "weights": "momentum",
 }
 PAPER = {  # the released configuration for Flickr30K (TGDT)
     "text_layers": 6, "dim": 1024, "region_width": 0, "region_layers": 4, "local_layers": 2, "global_layers": 2,

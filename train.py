@@ -137,7 +137,7 @@ def make_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Op
 
 
 def rate(step: int, steps_per_epoch: int, settings: Settings) -> float:
-    """The learning rate at a step, as a part of its peak: linear warm-up, then linear to 0, x 0.1 in steps, or as is."""
+    """The learning rate at a step, as a part of its peak: linear warm-up, then linear to 0, x 0.1 in steps, or flat."""
     total = steps_per_epoch * settings.epochs
     warmup = min(settings.warmup, total // 2)
     if step < warmup:

@@ -41,7 +41,7 @@ def root(tmp_path_factory) -> Path:
 def flags(root, bert, tmp_path) -> list[str]:
     return ["--dataset", "flickr8k", "--data-root", str(root), "--text-encoder", str(bert), "--text-layers", "1",
             "--dim", "8", "--region-width", "8", "--feedforward", "16", "--batch-size", "4", "--epochs", "2",
-            "--device", "cpu", "--out", str(tmp_path / "run")]
+            "--captions-per-image", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
 
 
 @pytest.fixture

@@ -421,7 +421,7 @@ def test_help(program):
     assert "usage" in said.stdout
 
 
-@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch-size", "1"), ("--dim", "6"), ("--heads", "0"),
+@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch-size", "5"), ("--dim", "6"), ("--heads", "0"),
                                          ("--noise", "1"), ("--momentum", "-0.1"), ("--mu", "0")])
 def test_impossible_settings_are_refused_by_name(flag, value, tmp_path, capsys):
     refused([flag, value, "--out", str(tmp_path / "run")], capsys, flag, value)
