@@ -136,7 +136,7 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     shuffled order, so that an image is encoded once for several captions; one with fewer left gives those. The last,
     incomplete batch is dropped unless it is alone. Depends on (seed, epoch) only."""
     rng = np.random.default_rng([seed, epoch])
-    each = min(captions_per_image, batch_size)
+    each = min(captions_per_image, batch_size, int(np.bincount(image_of).max()))  # no more than any image has
     captions = np.lexsort((rng.permutation(len(image_of)), image_of))  # image by image, shuffled inside each
     place = np.arange(len(captions)) - np.searchsorted(image_of[captions], image_of[captions])  # in its image's order
     first = np.flatnonzero(place % each == 0)  # a group is what an image gives in a round: here it begins,

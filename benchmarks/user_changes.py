@@ -2,10 +2,10 @@
 
     python benchmarks/user_changes.py CHANGE [flags of train.py]      # CHANGE: a name below, none, or all
 
-Everything else stays as it is. Other changes are settings and need nothing of this: --slots 36, --reward-floor, --weights
-model, and --batch-size 128 --captions-per-image 1 --lr 5e-4 --momentum 0.999 --schedule step --drop-every 6; "all" with
-these is the released training but for its exponential, which overflows in half precision. `claims.py` makes the same
-changes one at a time, in a smaller budget.
+Everything else stays as it is. Other changes are settings and need nothing of this: --slots 36, --reward-floor,
+--weights model, and --batch-size 128 --captions-per-image 1 --lr 5e-4 --momentum 0.999 --schedule step --drop-every 6;
+"all" with these is the released training but for its exponential, which overflows in half precision. `claims.py` makes
+the same changes one at a time, in a smaller budget.
 """
 from __future__ import annotations
 

@@ -148,6 +148,7 @@ def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
     assert [len(batch) for batch in batching.epoch_batches(image_of, 4, 1, 0, 0)] == [4, 4]
     assert [len(batch) for batch in batching.epoch_batches(image_of, 5, 1, 0, 0)] == [5, 5]
     assert [len(batch) for batch in batching.epoch_batches(image_of, 16, 1, 0, 0)] == [10]
+    assert [len(batch) for batch in batching.epoch_batches(image_of, 5, 5, 0, 0)] == [5, 5]  # a caption an image
     assert [len(batch) for batch in batching.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 10 + [2] * 10
 
 
