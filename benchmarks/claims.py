@@ -116,6 +116,7 @@ def nothing() -> None:
 
 TGDT, USER = ["--model", "tgdt"], ["--model", "user", "--lr", "0.001"]  # rates by a look at seed 0 on val
 PLAIN = [*USER, "--guide", "none"]
+AVERAGED = ["--schedule", "constant", "--weights", "momentum"]  # the momentum copy over a rate that does not fall
 LONGER = ["--epochs", "10"]  # twice the steps: five epochs leave USER not quite trained
 ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "tgdt": (TGDT, nothing), "user": (USER, nothing), "unified": (["--model", "tgdt-user"], nothing),
@@ -136,6 +137,9 @@ ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "user, hinge, longer": ([*PLAIN, "--queue", "0", *LONGER], hinge_for_uto),
     "user, slot statistics": ([*USER, "--slots", "36"], nothing),
     "user, momentum copy": ([*PLAIN, "--weights", "momentum"], nothing),
+    "user, constant rate": ([*PLAIN, *AVERAGED], nothing),
+    "tgdt, constant rate": ([*TGDT, *AVERAGED], nothing),
+    "unified, constant rate": (["--model", "tgdt-user", *AVERAGED], nothing),
     "user, reward floor": ([*PLAIN, "--reward-floor"], nothing),
     "user, keys in training": (PLAIN, user_changes.CHANGES["keys-in-training"]),
     "user, cold momentum": (PLAIN, user_changes.CHANGES["cold-momentum"]),
