@@ -45,6 +45,7 @@ import run as runs
 import tgdt
 import train
 import twostage
+import user
 
 HERE = Path(__file__).resolve().parent
 PHOTOGRAPHS = ["--precision", "bfloat16", "--text-lr", "0", "--dropout", "0", "--noise", "0", "--longest", "32",
@@ -110,6 +111,17 @@ def stand_in_for_clip() -> None:
     extract.prepare = prepare
 
 
+def pool_evenly_at_first() -> None:
+    """GPO starts as mean pooling: the scores of all places are zero."""
+    drawn = user.GeneralizedPooling.__init__
+
+    def init(self, *given):
+        drawn(self, *given)
+        torch.nn.init.zeros_(self.score.weight)
+
+    user.GeneralizedPooling.__init__ = init
+
+
 def nothing() -> None:
     pass
 
@@ -139,6 +151,8 @@ ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "user, momentum copy": ([*PLAIN, "--weights", "momentum"], nothing),
     "user, constant rate": ([*PLAIN, *AVERAGED], nothing),
     "user, guided, constant rate": ([*USER, *AVERAGED], nothing),
+    "user, mean first": ([*PLAIN, *AVERAGED], pool_evenly_at_first),
+    "user, guided, mean first": ([*USER, *AVERAGED], pool_evenly_at_first),
     "tgdt, constant rate": ([*TGDT, *AVERAGED], nothing),
     "unified, constant rate": (["--model", "tgdt-user", *AVERAGED], nothing),
     "user, reward floor": ([*PLAIN, "--reward-floor"], nothing),
