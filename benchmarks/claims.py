@@ -195,7 +195,7 @@ CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without 
     ("10 averaged at a constant rate: the unified model, or USER", ("unified, constant rate", "two_stage"),
      ("user, guided, constant rate", "global")),
 ]
-OURS = [  # what we do otherwise than the released code, in the same form
+OURS = [  # what we do otherwise than the released code, or tried, in the same form
     ("TGDT's average at a constant rate, or TGDT", ("tgdt, constant rate", "two_stage"), ("tgdt", "two_stage")),
     ("the unified model's average at a constant rate, or the model", ("unified, constant rate", "two_stage"),
      ("unified", "two_stage")),
@@ -208,7 +208,6 @@ OURS = [  # what we do otherwise than the released code, in the same form
      ("user, one caption an image", "global")),
     ("generalized pooling starts as the mean, or at random", ("user, mean first", "global"),
      ("user, constant rate", "global")),
-    ("the same with SGE", ("user, guided, mean first", "global"), ("user, guided, constant rate", "global")),
     ("a reward below 0, or none", ("user, no guide", "global"), ("user, reward floor", "global")),
     ("keys as when testing, or training", ("user, no guide", "global"), ("user, keys in training", "global")),
     ("a momentum that grows, or not", ("user, no guide", "global"), ("user, cold momentum", "global")),
