@@ -156,6 +156,9 @@ ARMS = {  # what is trained: flags of train.py, and a change that no flag makes
     "user, guided, mean first": ([*USER, *AVERAGED], pool_evenly_at_first),
     "tgdt, constant rate": ([*TGDT, *AVERAGED], nothing),
     "unified, constant rate": (["--model", "tgdt-user", *AVERAGED], nothing),
+    "user, guided, constant rate, longer": ([*USER, *AVERAGED, *LONGER], nothing),
+    "tgdt, constant rate, longer": ([*TGDT, *AVERAGED, *LONGER], nothing),
+    "unified, constant rate, longer": (["--model", "tgdt-user", *AVERAGED, *LONGER], nothing),
     "user, reward floor": ([*PLAIN, "--reward-floor"], nothing),
     "user, keys in training": (PLAIN, user_changes.CHANGES["keys-in-training"]),
     "user, cold momentum": (PLAIN, user_changes.CHANGES["cold-momentum"]),
@@ -194,6 +197,10 @@ CLAIMS = [  # the idea, the arm with it and how it is searched, the arm without 
      ("tgdt, constant rate", "two_stage")),
     ("10 averaged at a constant rate: the unified model, or USER", ("unified, constant rate", "two_stage"),
      ("user, guided, constant rate", "global")),
+    ("10 the same, twice the steps: the unified model, or TGDT", ("unified, constant rate, longer", "two_stage"),
+     ("tgdt, constant rate, longer", "two_stage")),
+    ("10 the same, twice the steps: the unified model, or USER", ("unified, constant rate, longer", "two_stage"),
+     ("user, guided, constant rate, longer", "global")),
 ]
 OURS = [  # what we do otherwise than the released code, or tried, in the same form
     ("TGDT's average at a constant rate, or TGDT", ("tgdt, constant rate", "two_stage"), ("tgdt", "two_stage")),
