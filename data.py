@@ -1,37 +1,22 @@
-"""Pictures, captions, regions and boxes: the file formats in which the two papers' data is published.
+"""Batches: captions to word pieces, word pieces with noise, and which captions meet in a batch.
 
-Part of neither paper, but both stand on it. An image is a bag of regions, each a feature vector and a box from an
-object detector; a caption belongs to one image, and `image_of` (caption -> image row) alone says to which. Region
-features come in two layouts: SCAN precomp, one array a split (SCAN, VSE-infinity, USER), and bottom-up, two files an
-image (TERAN, TGDT). Karpathy's dataset_*.json has the captions of the second and finds pictures for the first. Without
-features, that file and the pictures are enough, and so is a table of one's own pictures: see `extract.py`.
+Part of both papers' experiments: captions are cut into WordPiece ids once; while training USER each word may be hidden,
+changed or left out (caption noise); a batch holds pairs of captions and images, each distinct image once.
 """
-
 from __future__ import annotations
 
-import csv
-import json
-import re
-from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-import photos
-import scenes
-from features import TERAN, InMemory, ManyFiles, OneArray, read_array
-from files import BadInput, explained
-
-# where the published files are to be had from
-SCAN = "linked from github.com/kuanghuei/SCAN"
-KARPATHY, COCO = "from cs.stanford.edu/people/karpathy/deepimagesent", "from cocodataset.org"
-
-
-# -------------------------------------------------------------------------------------------------------- the layouts
+from sources import layouts, photos, scenes
+from sources.features import InMemory, ManyFiles, OneArray
+from sources.files import BadInput
 
 
 @dataclass
@@ -60,55 +45,11 @@ class Split:
                                            for every in (self.image_names, self.pictures))
 
 
-# What annotations say of an image. where: for messages; file: (filepath, filename); size: (width, height) or None
-Entry = namedtuple("Entry", "where id split file size captions")
-PRECOMP = {"flickr8k": "f8k_precomp", "flickr30k": "f30k_precomp", "coco": "coco_precomp"}
-COCO_IDS = {"train": ("train", "restval"), "val": ("dev",), "test": ("test",)}
-
-
 def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val", "test"), regions: str = "auto",
          split_seed: int = 0) -> dict[str, Split]:
-    """The splits of "scenes" (no root), "flickr8k", "flickr30k", "coco" or "folder", one's own pictures and captions.
-
-    "test" is left out where there is none. `root` holds the files. regions: "files" wants feature files, in either
-    layout; "auto" takes them where they are; else, and for any other word, the splits have no features yet. split_seed
-    draws the splits of a table that names none. Raises BadInput for whatever in `root` is missing or wrong.
-    """
     if dataset == "scenes":
         return {name: scenes_split(name, regions) for name in splits}
-    if dataset not in (*PRECOMP, "folder"):
-        raise BadInput(f"dataset '{dataset}': expected one of scenes, folder, {', '.join(PRECOMP)}")
-    if not root or not Path(root).is_dir():
-        raise BadInput(f"{root or '--data-root'}: no such folder, expected the one with the files of {dataset}")
-    root = Path(root)
-    if dataset == "folder":
-        if regions == "files":
-            raise BadInput("--regions files: --dataset folder has pictures, no feature files")
-        return load_pictures(root, own_entries(root, split_seed), splits)
-    file, own = f"dataset_{dataset}.json", PRECOMP[dataset]
-    unnamed = (folder for folder in sorted(root.glob("*_precomp")) if folder.name not in PRECOMP.values())
-    folders = (root, root / own, *unnamed)  # none that is another dataset's by its name
-    scan = next((f for f in folders if any(f.glob("*_ims.npy")) or any(f.glob("*_caps.txt"))), None)
-    if regions not in ("auto", "files"):
-        return load_pictures(root, karpathy_entries(find_file(root, file, KARPATHY)), splits)
-    if scan:
-        path = find_file(root, file) or find_file(scan, file)
-        found = load_scan(dataset, root, scan, karpathy_entries(path) if path else [], splits)
-    elif (root / "features_36").is_dir():
-        entries = coco_entries(root, splits) if dataset == "coco" else karpathy_entries(find_file(root, file, KARPATHY))
-        found = load_bottom_up(root, entries, splits)
-    elif regions == "auto" and find_file(root, file):
-        return load_pictures(root, karpathy_entries(find_file(root, file)), splits)
-    else:
-        raise BadInput(
-            f"{root}: no region features: neither train_ims.npy and train_caps.txt, here or in {own} ({SCAN}), nor "
-            f"features_36/bu_att and features_36/bu_box ({TERAN}); to compute them from the pictures, {file} and the "
-            f"pictures are wanted ({KARPATHY})"
-        )
-    widths = {s.features.dim: f"{s.features.dim} in {s.features.path} ({s.name})" for s in found.values()}
-    if len(widths) > 1:
-        raise BadInput(f"the splits differ in features per region: {', '.join(widths.values())}")
-    return found
+    return {name: Split(name, *listing) for name, listing in layouts.read(dataset, root, splits, regions, split_seed).items()}
 
 
 def scenes_split(name: str, regions: str) -> Split:
@@ -118,197 +59,147 @@ def scenes_split(name: str, regions: str) -> Split:
     return Split(name, truth.captions, truth.image_of, features, names, truth.pictures, truth)
 
 
-def load_scan(dataset: str, root: Path, folder: Path, entries: list[Entry], splits: Sequence[str]) -> dict[str, Split]:
-    """SCAN's layout. COCO's test split is testall, the 5K images, if present. Pictures are found by caption text."""
-    file_of_text, found = {}, {}
-    for entry in entries:
-        for text in map(plain, entry.captions):  # a text of several images tells nothing
-            file_of_text[text] = entry.file if file_of_text.get(text, entry.file) == entry.file else None
-    for name in splits:
-        testall = dataset == "coco" and name == "test" and (folder / "testall_ims.npy").exists()
-        stem = "testall" if testall else {"val": "dev"}.get(name, name)
-        ims, caps = folder / f"{stem}_ims.npy", folder / f"{stem}_caps.txt"
-        missing = [path for path in (ims, caps) if not path.is_file()]
-        if name == "test" and len(missing) == 2:
-            continue
-        if missing:
-            raise BadInput(f"{missing[0]}: missing, expected for split {name} ({SCAN})")
-        captions, features = read_captions(caps), OneArray(ims)
-        if len(captions) % features.shape[0]:
-            raise BadInput(f"{caps}: {len(captions)} captions, expected a multiple of the {features.shape[0]} in {ims}")
-        features.repeat = rows_an_image(features) if len(captions) == features.shape[0] else 1
-        each = len(captions) // len(features)
-        told = [{file_of_text.get(plain(t)) for t in captions[i : i + each]} for i in range(0, len(captions), each)]
-        files = [(texts - {None}).pop() if len(texts - {None}) == 1 else None for texts in told]
-        names = [file[1] if file else f"row {row}" for row, file in enumerate(files)]
-        image_of, pictures = np.arange(len(captions)) // each, photos.find(root, files)
-        found[name] = Split(name, captions, image_of, features, names, pictures)
-    return found
+# ------------------------------------------------------------------------------------------------------- tokenisation
 
 
-def rows_an_image(features: OneArray) -> int:
-    """How many rows in a run an image has where there is a row a caption, by a look at both ends and between."""
-    total, row = features.shape[0], cache(lambda index: features.read([index])[0].tobytes())
-    for size in (size for size in range(min(total, 64), 1, -1) if total % size == 0):
-        starts = {0, size % total, *(np.linspace(0, total // size - 1, 8).astype(int) * size).tolist()}
-        if all(row(start) == row(start + i) for start in starts for i in range(1, size)):
-            if len({row(start) for start in starts}) == 1 < len(starts):  # as in a file never filled
-                raise BadInput(f"{features.path}: the rows of different images are equal, expected features")
-            return size
-    if total > 1 and all(row(i) == row(i + 1) for i in (0, total // 3, total // 2)):
-        raise BadInput(f"{features.path}: rows repeat, expected equally often for every image")
-    return 1
+@dataclass
+class Words:
+    """All captions' word pieces with [CLS] and [SEP]: caption i has ids[offsets[i] : offsets[i + 1]]."""
+
+    ids: np.ndarray  # [total] int32
+    offsets: np.ndarray  # [M + 1] int64
+
+    def padded(self, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
+        """word_ids [B, W] long and word_mask [B, W] bool of some captions, W that of the longest."""
+        start, end = self.offsets[rows, None], self.offsets[rows + 1, None]
+        where = start + np.arange((end - start).max())
+        mask = where < end
+        ids = np.where(mask, self.ids[np.minimum(where, end - 1)], pad_id)
+        return {"word_ids": torch.from_numpy(ids.astype(np.int64)), "word_mask": torch.from_numpy(mask)}
+
+    def take(self, rows: np.ndarray) -> Words:
+        """Some captions by themselves, in the order given."""
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Words(self.ids[np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
 
 
-def read_captions(path: Path) -> list[str]:
-    """A caption a line, the last with or without a newline. Raises BadInput for an empty line or broken UTF-8."""
-    with explained(path, "a readable file"):  # not splitlines(): it would also split at rarer marks than newlines
-        captions = [line.strip() for line in path.read_bytes().decode().removesuffix("\n").split("\n")]
-    if "" in captions:
-        raise BadInput(f"{path}, line {captions.index('') + 1}: empty, expected a caption")
-    return captions
+def tokenize(captions: Sequence[str], tokenizer, longest: int) -> Words:
+    """Ids by a fast tokenizer of `transformers`, `longest` at most, [SEP] kept; BadInput where it finds no word."""
+    ids, lengths = [np.zeros(0, np.int32)], []
+    for start in range(0, len(captions), 10_000):
+        part = list(captions[start : start + 10_000])
+        lists = tokenizer(part, truncation=True, max_length=longest, return_attention_mask=False)["input_ids"]
+        lengths += map(len, lists)
+        ids.append(np.fromiter(chain.from_iterable(lists), np.int32))
+    for row in np.flatnonzero(np.array(lengths) <= tokenizer.num_special_tokens_to_add()).tolist():
+        raise BadInput(f"caption {row}, {captions[row]!r}: the tokenizer finds no word in it")
+    return Words(np.concatenate(ids), np.cumsum([0, *lengths], dtype=np.int64))
 
 
-def load_bottom_up(root: Path, entries: list[Entry], splits: Sequence[str]) -> dict[str, Split]:
-    """Bottom-up files: captions, image ids and sizes from the annotations."""
-    found = load_pictures(root, entries, splits)
-    for name, split in found.items():
-        own = [entry for entry in entries if entry.split == name]
-        split.features = ManyFiles(root / "features_36", [e.id for e in own], [e.size for e in own], split.pictures)
-    return found
+# ------------------------------------------------------------------------------------------------------ caption noise
 
 
-def load_pictures(root: Path, entries: list[Entry], splits: Sequence[str]) -> dict[str, Split]:
-    """Splits without features: what annotations say, and where the pictures are."""
-    found = {}
-    for name in splits:
-        own = [entry for entry in entries if entry.split == name]
-        if not own and name == "test":
-            continue
-        if not own:
-            raise BadInput(f"{root}: the annotations have no image of split {name}")
-        for entry in (entry for entry in own if not entry.captions or "" in entry.captions):
-            raise BadInput(f"{entry.where}, {entry.file[1]}: an empty caption or none at all")
-        captions = [caption for entry in own for caption in entry.captions]
-        image_of = np.repeat(np.arange(len(own)), [len(entry.captions) for entry in own])
-        names = [entry.file[1] for entry in own]
-        found[name] = Split(name, captions, image_of, None, names, photos.find(root, [entry.file for entry in own]))
-    return found
+class CaptionNoise:
+    """Each word is disturbed with probability `chance`: half of these become [MASK], a tenth a random word piece, the
+    rest vanish (USER, details of training; the shares are those of the released code). The pieces of a word share its
+    fate, [CLS] and [SEP] stay, and so does a caption that would lose all its words. `seed`: numbers to draw by."""
+
+    def __init__(self, tokenizer, chance: float, seed: Sequence[int]):
+        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.inner = np.array([piece.startswith("##") for piece in pieces])  # goes on with the word before it
+        self.fixed = np.isin(range(len(pieces)), [tokenizer.cls_token_id, tokenizer.sep_token_id])
+        self.random = np.setdiff1d(range(len(pieces)), tokenizer.all_special_ids)
+        self.hidden = tokenizer.mask_token_id
+        self.chance, self.seed = chance, list(seed)
+
+    def __call__(self, words: Words, who: int) -> Words:
+        """The captions with fresh noise; the same for the same `seed` and `who`, wherever it is computed."""
+        rng = np.random.default_rng([*self.seed, who])
+        ids, caption = words.ids.copy(), np.repeat(np.arange(len(words.offsets) - 1), np.diff(words.offsets))
+        word = np.cumsum(~self.inner[ids]) - 1                          # [total]: the word that a piece belongs to
+        fate = np.where(self.fixed[ids], 1.0, rng.random(word[-1] + 1)[word] / max(self.chance, 1e-9))
+        changed = (fate >= 0.5) & (fate < 0.6)
+        ids[fate < 0.5] = self.hidden
+        ids[changed] = rng.choice(self.random, changed.sum())
+        stays = (fate < 0.6) | (fate >= 1)
+        left = np.bincount(caption, stays & ~self.fixed[words.ids])   # words left, by caption
+        stays |= left[caption] == 0
+        return Words(ids[stays], np.concatenate([[0], np.cumsum(np.bincount(caption, stays))]).astype(np.int64))
 
 
-def karpathy_entries(path: Path) -> list[Entry]:
-    """Karpathy's JSON; an image's id is its place in the list, as TERAN's files count. restval belongs to train."""
-    entries = []
-    with explained(path, "JSON with a list 'images'"):
-        images = list(json.loads(path.read_bytes().decode())["images"])
-    for place, image in enumerate(images):
-        where = f"{path}: images[{place}]"
-        with explained(where, "filename, split and sentences with raw text"):
-            captions = [sentence["raw"].strip() for sentence in image["sentences"]]
-            size = (float(image["width"]), float(image["height"])) if "width" in image else None
-            file, split = (image.get("filepath", ""), image["filename"]), image["split"].replace("restval", "train")
-            entries.append(Entry(where, place, split, file, size, captions))
-    return entries
+# ------------------------------------------------------------------------------------------------------------ batches
 
 
-def own_entries(root: Path, split_seed: int) -> list[Entry]:
-    """One's own pictures: captions.csv (a line of titles, then file, caption and perhaps split), captions.jsonl (the
-    same names in an object a line), or a JSON like Karpathy's. Without splits a tenth of the pictures, 1,000 at most,
-    is drawn for val and as many for test; `split_seed` alone decides which, not their order in the file."""
-    path = next((root / name for name in ("captions.csv", "captions.jsonl") if (root / name).is_file()), None)
-    if path is None:
-        annotations = sorted([*root.glob("dataset*.json"), *root.glob("annotations/dataset*.json")])
-        if len(annotations) != 1:
-            raise BadInput(f"{root}: expected captions.csv or captions.jsonl, with a file and a caption a line, or one "
-                           f"dataset_*.json, found {len(annotations)} of these")
-        return karpathy_entries(annotations[0])
-    entries: dict[str, Entry] = {}
-    for where, line in table_lines(path):
-        file, caption, split = ((line.get(name) or "").strip() for name in ("file", "caption", "split"))
-        if not file or not caption:
-            raise BadInput(f"{where}: found {json.dumps(line, ensure_ascii=False)}, expected a file and a caption")
-        split = {"restval": "train", "dev": "val"}.get(split, split)
-        if split not in ("train", "val", "test", ""):
-            raise BadInput(f"{where}: split {split!r}, expected train, val or test")
-        entry = entries.setdefault(file, Entry(where, len(entries), split, ("", file), None, []))
-        if entry.split != split:
-            raise BadInput(f"{where}: {file} is of split {split or 'none'} here, and of {entry.split or 'none'} above")
-        entry.captions.append(caption)
-    unnamed = [entry for entry in entries.values() if not entry.split]
-    if not unnamed:
-        return list(entries.values())
-    if len(unnamed) < len(entries):
-        raise BadInput(f"{unnamed[0].where}: no split, where other lines of the file have one")
-    if len(entries) < 4:
-        raise BadInput(f"{path}: {len(entries)} pictures, expected 4 at least, to draw train, val and test from")
-    names = sorted(entries)
-    order, part = np.random.default_rng(split_seed).permutation(len(names)), min(max(len(names) // 10, 1), 1000)
-    split_of = {names[row]: ("val", "test", "train")[min(place // part, 2)] for place, row in enumerate(order)}
-    return [entry._replace(split=split_of[file]) for file, entry in entries.items()]
+def image_side(split: Split, images: np.ndarray) -> dict[str, torch.Tensor]:
+    """regions [I, R, F], boxes [I, R, 4], region_mask [I, R], and clip [I, E] where a CLIP guides."""
+    parts = [*split.features.read(images), *([] if split.clip is None else [split.clip[images]])]
+    return {name: torch.from_numpy(part) for name, part in zip(("regions", "boxes", "region_mask", "clip"), parts,
+                                                               strict=False)}
 
 
-def table_lines(path: Path) -> list[tuple[str, dict]]:
-    """Where each line of a .csv or .jsonl stands, and what it says, its names in lower case."""
-    with explained(path, "a readable file"):
-        text = path.read_bytes().decode("utf-8-sig")
-    if path.suffix == ".csv":
-        with explained(path, "comma-separated values"):
-            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-            titles = [title.strip().lower() for title in reader.fieldnames or []]
-        if not {"file", "caption"} <= set(titles):
-            raise BadInput(f"{path}, line 1: found {', '.join(titles) or 'nothing'}, expected titles: file, caption")
-        reader.fieldnames, lines = titles, []
-        while True:
-            with explained(f"{path}, line {reader.line_num + 1}", "comma-separated values"):
-                line = next(reader, None)
-            if line is None:
-                return lines
-            where = f"{path}, line {reader.line_num}"
-            if None in line:
-                raise BadInput(f"{where}: more values than titles; a caption with a comma is wanted in quotes")
-            lines.append((where, line))
-    lines = []
-    for number, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            with explained(f"{path}, line {number}", "a JSON object with file and caption"):
-                line = {str(name).lower(): value for name, value in json.loads(content).items()}
-                if not all(isinstance(line.get(name, ""), str) for name in ("file", "caption", "split")):
-                    raise TypeError("file, caption and split are texts")
-            lines.append((f"{path}, line {number}", line))
-    return lines
+class Pairs(torch.utils.data.Dataset):
+    """pairs[caption rows] -> a batch of B captions and their I distinct images, each once: regions [I, R, F], boxes
+    [I, R, 4], region_mask [I, R], word_ids and word_mask [B, W], image_row [B] (caption -> row of regions), image_index
+    and caption_index [B]. For DataLoader(pairs, sampler=batches, batch_size=None)."""
+
+    def __init__(self, split: Split, words: Words, pad_id: int = 0, noise: CaptionNoise | None = None,
+                 region_noise: float = 0.0, seed: Sequence[int] = (0,)):
+        self.split, self.words, self.pad_id, self.noise = split, words, pad_id, noise
+        self.region_noise, self.seed = region_noise, list(seed)
+
+    def __len__(self) -> int:
+        return len(self.split.image_of)
+
+    def __getitem__(self, captions: Sequence[int]) -> dict[str, torch.Tensor]:
+        captions = np.asarray(captions, np.int64)
+        images, image_row = np.unique(self.split.image_of[captions], return_inverse=True)
+        who = {"image_row": image_row, "image_index": images[image_row], "caption_index": captions}
+        words = self.words.take(captions)
+        if self.noise:
+            words = self.noise(words, int(captions[0]))
+        words = words.padded(np.arange(len(captions)), self.pad_id)
+        pictures = image_side(self.split, images)
+        if self.region_noise:
+            seed = [*self.seed, int(captions[0])]
+            pictures["region_mask"] = thinned(pictures["region_mask"], self.region_noise, seed)
+        return pictures | words | {name: torch.from_numpy(a) for name, a in who.items()}
 
 
-def coco_entries(root: Path, splits: Sequence[str]) -> list[Entry]:
-    """TERAN's annotations of COCO: a split is a list of annotation ids; train = train + restval."""
-    images, captions, entries = {}, {}, []
-    for name in ("captions_train2014.json", "captions_val2014.json"):
-        path = find_file(root, name, COCO)
-        with explained(path, "JSON with COCO's lists 'images' (id, file_name, width, height) and 'annotations'"):
-            content = json.loads(path.read_bytes().decode())
-            images |= {i["id"]: (i["file_name"], (float(i["width"]), float(i["height"]))) for i in content["images"]}
-            captions |= {a["id"]: (a["image_id"], a["caption"].strip()) for a in content["annotations"]}
-    for split in splits:
-        own: dict[int, Entry] = {}
-        for part in COCO_IDS[split] if split != "test" or find_file(root, "coco_test_ids.npy") else ():
-            path = find_file(root, f"coco_{part}_ids.npy", TERAN)
-            for place, annotation in enumerate(read_array(path, dtype=np.int64).ravel().tolist()):
-                image, caption = captions.get(annotation, (None, ""))
-                if image not in images:
-                    raise BadInput(f"{path}: entry {place}, annotation {annotation}, is not in captions_*2014.json")
-                entry = Entry(f"{path}: image {image}", image, split, ("", images[image][0]), images[image][1], [])
-                own.setdefault(image, entry).captions.append(caption)
-        entries += own.values()
-    return entries
+def thinned(mask: torch.Tensor, chance: float, seed: Sequence[int]) -> torch.Tensor:
+    """[I, R] -> the same without some of the real regions, each with probability `chance`; one stays at least."""
+    rng = np.random.default_rng([*seed, 1])
+    draw = np.where(mask.numpy(), rng.random(mask.shape), -1)
+    return torch.from_numpy((draw >= chance) | (draw == draw.max(1, keepdims=True))) & mask
 
 
-def find_file(root: Path, name: str, source: str = "") -> Path | None:
-    """An annotation file, if it is there; raises BadInput if it is not but has to be, having a `source`."""
-    path = next((path for path in (root / "annotations" / name, root / name) if path.is_file()), None)
-    if path is None and source:
-        raise BadInput(f"{root / 'annotations' / name}: missing, also not in {root} ({source})")
-    return path
+def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int, seed: int, epoch: int) -> list:
+    """An epoch's batches, lists of caption rows: of batch_size // captions_per_image images captions_per_image each.
+
+    An epoch goes in rounds. In each the images come in a new order and give their next captions, each in its own
+    shuffled order, so that an image is encoded once for several captions; one with fewer left gives those. The last,
+    incomplete batch is dropped unless it is alone. Depends on (seed, epoch) only."""
+    rng = np.random.default_rng([seed, epoch])
+    each = min(captions_per_image, batch_size, int(np.bincount(image_of).max()))  # no more than any image has
+    captions = np.lexsort((rng.permutation(len(image_of)), image_of))  # image by image, shuffled inside each
+    place = np.arange(len(captions)) - np.searchsorted(image_of[captions], image_of[captions])  # in its image's order
+    first = np.flatnonzero(place % each == 0)  # a group is what an image gives in a round: here it begins,
+    size = np.diff(first, append=len(captions))  # so many captions are in it
+    order = np.lexsort((rng.permutation(len(first)), place[first] // each))  # round by round, shuffled inside each
+    end = np.cumsum(size[order])
+    captions = captions[np.repeat(first[order] - (end - size[order]), size[order]) + np.arange(len(captions))].tolist()
+    cuts = [0, *(end[batch_size // each - 1 :: batch_size // each].tolist() or [len(captions)])]
+    return [captions[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
-def plain(text: str) -> str:
-    """Letters and digits in lower case: the same for a caption as written and as tokenised."""
-    return re.sub(r"[\W_]+", "", text.lower())
+def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """All images in order: regions, boxes, region_mask, image_index."""
+    for images in np.split(np.arange(len(split.features)), range(batch_size, len(split.features), batch_size)):
+        yield image_side(split, images) | {"image_index": torch.from_numpy(images)}
+
+
+def text_batches(words: Words, batch_size: int, pad_id: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """All captions by length, so that little padding is computed: word_ids, word_mask, caption_index."""
+    by_length = np.argsort(np.diff(words.offsets), kind="stable")
+    for captions in np.split(by_length, range(batch_size, len(by_length), batch_size)):
+        yield words.padded(captions, pad_id) | {"caption_index": torch.from_numpy(captions)}

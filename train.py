@@ -35,19 +35,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-import batching
 import data
-import extract
-import figures
-import files
 import losses
-import measure
-import run as runs
+import retrieve as twostage
 import tgdt
-import twostage
 import user
-from files import BadInput
-from run import Settings, State
+from harness import extract, figures, measure
+from harness import run as runs
+from harness.run import Settings, State
+from sources import files
+from sources.files import BadInput
 
 SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 
@@ -100,7 +97,7 @@ def encode_pairs(model: torch.nn.Module, batch: dict, precision: str) -> tuple[t
     device = batch["regions"].device
     # PyTorch's fused attention for processors has a slow backward pass: plain matrix products take half its time.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with measure.autocast(device, precision), attention:
+    with twostage.autocast(device, precision), attention:
         return model.encode_images(batch), encode_by_length(model, batch, 1 if device.type == "cuda" else 2)
 
 
@@ -196,7 +193,7 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
     if settings.weights == "momentum" or settings.queue and settings.model != "tgdt":
         length = settings.queue if settings.model != "tgdt" else 0
         momentum = user.MomentumContrast(model, settings.dim, length, settings.momentum).to(where)
-    words = {name: batching.tokenize(split.captions, tokenizer, settings.longest) for name, split in splits.items()}
+    words = {name: data.tokenize(split.captions, tokenizer, settings.longest) for name, split in splits.items()}
 
     out.mkdir(parents=True, exist_ok=True)
     runs.save_settings(out, settings)
@@ -207,7 +204,7 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
         state.restore(last)
 
     plan = (splits["train"].image_of, settings.batch_size, settings.captions_per_image, settings.seed)
-    per_epoch = len(batching.epoch_batches(*plan, 0))
+    per_epoch = len(data.epoch_batches(*plan, 0))
     bar = tqdm(total=settings.epochs * per_epoch, initial=state.epoch * per_epoch + state.step, unit="step",
                dynamic_ncols=True)
     started = time.perf_counter()
@@ -215,11 +212,11 @@ def train(settings: Settings, out: Path, device: str = "auto", resume: bool = Fa
         while state.epoch < settings.epochs:
             noise = None
             if settings.noise:
-                noise = batching.CaptionNoise(tokenizer, settings.noise, (settings.seed, state.epoch))
-            pairs = batching.Pairs(splits["train"], words["train"], tokenizer.pad_token_id, noise,
+                noise = data.CaptionNoise(tokenizer, settings.noise, (settings.seed, state.epoch))
+            pairs = data.Pairs(splits["train"], words["train"], tokenizer.pad_token_id, noise,
                                    settings.region_noise, (settings.seed, state.epoch))
             # The loader's own generator keeps its hands off the global one, on which an exact resume rests.
-            loader = DataLoader(pairs, sampler=batching.epoch_batches(*plan, state.epoch)[state.step :],
+            loader = DataLoader(pairs, sampler=data.epoch_batches(*plan, state.epoch)[state.step :],
                                 batch_size=None, num_workers=workers, pin_memory=where.type == "cuda",
                                 generator=torch.Generator())
             if not train_epoch(state, loader, per_epoch, precision, out, interrupt, bar):
@@ -271,18 +268,18 @@ def close_epoch(state: State, val: dict, val_model: dict | None = None, *, per_e
                 out: Path) -> None:
     """Write down an epoch that is over: a line of history, the curves, both checkpoints. val_model: the metrics of the
     model where its momentum copy is what is kept, to see what that is worth."""
-    settings, final = state.settings, measure.final(val)
+    settings, final = state.settings, twostage.final(val)
     stages = [name for name in ("global", "two_stage") if name in val]
     state.history.append({
         "epoch": state.epoch, "loss": state.total / state.count,
         "lr": settings.lr * rate(state.epoch * per_epoch - 1, per_epoch, settings),
         "seconds": round(seconds, 1), "val": {name: val[name] for name in stages}})
     if val_model:
-        state.history[-1]["val_model_rsum"] = measure.final(val_model)["rsum"]
+        state.history[-1]["val_model_rsum"] = twostage.final(val_model)["rsum"]
     if settings.model != "user":
         state.history[-1]["negatives"] = "mean" if state.epoch <= settings.easy_epochs else "hardest"
     state.total, state.count = 0.0, 0
-    best = final["rsum"] >= max(measure.final(line["val"])["rsum"] for line in state.history)
+    best = final["rsum"] >= max(twostage.final(line["val"])["rsum"] for line in state.history)
     if best:
         state.save_best(out / "best.pt")
     state.save(out / "checkpoint.pt")
@@ -313,7 +310,7 @@ def report(model: torch.nn.Module, splits: dict, words: dict, tokenizer: BertTok
 
 @torch.inference_mode()
 def draw(model: torch.nn.Module, split: data.Split, images: twostage.Embeddings, texts: twostage.Embeddings,
-         words: batching.Words, tokenizer: BertTokenizer, settings: Settings, out: Path) -> None:
+         words: data.Words, tokenizer: BertTokenizer, settings: Settings, out: Path) -> None:
     """The sheet of queries, drawn at random but always the same ones; of its first caption what each word looks at, or
     of that caption's image, for a model without fine tokens, what the guide strengthens."""
     chance = torch.Generator().manual_seed(0)
@@ -330,7 +327,7 @@ def draw(model: torch.nn.Module, split: data.Split, images: twostage.Embeddings,
         boxes = split.features.read([row])[1][0][images.mask[row].cpu().numpy()]
         figures.alignment(split, row, pieces, dots.cpu().numpy(), boxes, out / "alignment.png")
     elif model.guide is not None:
-        batch = batching.image_side(split, np.array([row]))
+        batch = data.image_side(split, np.array([row]))
         given = {name: value.to(images.globals.device) for name, value in batch.items()}
         added = model.guide(given["regions"], given["region_mask"], given.get("clip")) - given["regions"]
         real = batch["region_mask"][0]  # what is added to a region is the guide, of unit length, times its attention

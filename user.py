@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from files import BadInput
+from sources.files import BadInput
 from tgdt import Encoded, take_weights
 
 # ----------------------------------------------------------------------------------------- semantic enhancement

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from files import BadInput, explained
+from sources.files import BadInput, explained
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "train2014", "val2014")
 ENOUGH = 1600  # pixels: twice what any network here looks at

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from files import BadInput, explained
+from sources.files import BadInput, explained
 
 TERAN = "linked from github.com/mesnico/TERAN"
 

@@ -4,7 +4,7 @@ Part 1  objects    three to six flat shapes make a scene; most scenes have a twi
 Part 2  pictures   shapes pasted with antialiased masks on a clouded ground, under uneven light
 Part 3  claims     what a caption says, as a structure that can be checked against any scene
 Part 4  captions   a claim put into words, five a scene, each in another sentence form
-Part 5  the set    `make` puts the parts together, with the regions that `regions.py` finds in the pictures
+Part 5  the set    `make` puts the parts together, with the regions that `windows.py` finds in the pictures
 
 Twins share nearly all their words, so a bag of words cannot tell them apart: words have to be matched with regions.
 Whatever decides a byte is drawn from `RandomState`, whose stream NumPy has frozen, as doubles or bytes (its integers
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from regions import SIDE, describe, propose
+from sources.windows import SIDE, describe, propose
 
 SPLITS = {"train": 2000, "val": 250, "test": 500}
 CAPTIONS, LONGEST = 5, 20  # captions of a scene, words of a caption at most

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from transformers import CLIPImageProcessor, CLIPModel
 
-import regions
-from files import BadInput
+from sources import windows
+from sources.files import BadInput
 
 DEFAULTS = {"detector": ("fasterrcnn_resnet50_fpn_v2", 800), "grid": ("resnet50", 384), "clip": ("", 0),
-            "scenes": ("", regions.SIDE)}  # of each kind of regions the network and the side of the picture it sees
+            "scenes": ("", windows.SIDE)}  # of each kind of regions the network and the side of the picture it sees
 
 
 def fingerprint(*parts: nn.Module) -> str:
@@ -183,16 +183,16 @@ class Patches:
 
 
 class SceneWindows:
-    """The stand-in for a detector that the built-in scenes have (see `regions.py`), for any picture."""
+    """The stand-in for a detector that the built-in scenes have (see `windows.py`), for any picture."""
 
-    dim, identity = regions.DIM, {"kind": "scenes", "network": "windows", "regions": regions.BOXES, "dim": regions.DIM}
-    prepare = staticmethod(partial(squashed, side=regions.SIDE))
+    dim, identity = windows.DIM, {"kind": "scenes", "network": "windows", "regions": windows.BOXES, "dim": windows.DIM}
+    prepare = staticmethod(partial(squashed, side=windows.SIDE))
 
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         pixels = batch["pixels"].permute(0, 2, 3, 1).numpy()
-        boxes = regions.propose(pixels)
-        return {"regions": regions.describe(pixels, boxes), "boxes": boxes,
-                "count": np.full(len(boxes), regions.BOXES)}
+        boxes = windows.propose(pixels)
+        return {"regions": windows.describe(pixels, boxes), "boxes": boxes,
+                "count": np.full(len(boxes), windows.BOXES)}
 
 
 def of_cells(features: Tensor, boxes: np.ndarray) -> dict[str, np.ndarray]:

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-import files
-from files import BadInput, explained
+from sources import files
+from sources.files import BadInput, explained
 
 Facts = tuple[str, int, int]  # a file's name from the data's folder, its size, the time of its last change
 

@@ -13,10 +13,10 @@ import torch
 import transformers
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-import scenes
 import tgdt
 import user
-from files import BadInput, read_json, write_json, write_whole
+from sources import scenes
+from sources.files import BadInput, read_json, write_json, write_whole
 
 # ------------------------------------------------------------------------------------------------------ settings
 

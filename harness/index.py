@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import files
-from files import BadInput
-from twostage import Embeddings, nearest
+from retrieve import Embeddings, nearest
+from sources import files
+from sources.files import BadInput
 
 BLOCK = 1024  # items encoded and written together
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

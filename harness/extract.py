@@ -23,13 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-import files
-import frozen
-import photos
-import run as runs
-from features import InMemory
-from files import BadInput
-from store import Facts, Store, Stored, digest, facts
+from harness import run as runs
+from sources import files, frozen, photos
+from sources.features import InMemory
+from sources.files import BadInput
+from sources.store import Facts, Store, Stored, digest, facts
 
 BATCH = {"detector": 4, "grid": 32, "clip": 32, "clip-guide": 32, "scenes": 50}  # pictures that a network sees together
 FEW = 64  # so many pictures are not worth processes of their own

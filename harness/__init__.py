@@ -1,0 +1,1 @@
+"""Settings, run folders, reports and command lines: everything that is not in the papers."""

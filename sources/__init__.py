@@ -1,0 +1,1 @@
+"""Where pictures, captions and regions come from. Nothing here knows a model, a split or a setting."""
