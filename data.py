@@ -1,205 +1,223 @@
-"""Batches: captions to word pieces, word pieces with noise, and which captions meet in a batch.
+"""Data: what a split and a batch are, word pieces, caption noise, and which captions meet in a batch.
 
-Part of both papers' experiments: captions are cut into WordPiece ids once; while training USER each word may be hidden,
-changed or left out (caption noise); a batch holds pairs of captions and images, each distinct image once.
+Read beside both papers' experiments. An image is a set of regions, each with a feature vector and a box. A caption
+belongs to one image, and `image_of` (caption -> row of its image) says to which. Five captions an image are usual, but
+nothing here counts on it. Where the files come from is told in `sources/`.
+
+A batch is a dictionary of tensors, for B captions and their I images, each image once:
+
+    regions [I, R, F]   boxes [I, R, 4] in 0..1   region_mask [I, R] True for real regions   clip [I, E] with CGE only
+    word_ids [B, W]     word_mask [B, W]          image_row [B], the row of `regions` that each caption belongs to
+    image_index [B]     caption_index [B]         the rows of the whole split, to tell true negatives from false ones
 """
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sources import layouts, photos, scenes
-from sources.features import InMemory, ManyFiles, OneArray
+from sources.features import InMemory, ManyFiles, OneArray, Stored
 from sources.files import BadInput
+
+# ----------------------------------------------------------------------------------------------------------- splits
 
 
 @dataclass
 class Split:
     """A split of a dataset: M captions of N images."""
 
-    name: str  # "train", "val" or "test"
-    captions: list[str]  # M, as written
-    image_of: np.ndarray  # [M] int64, caption -> image row
-    features: InMemory | OneArray | ManyFiles | None  # None: to be computed from the pictures, by extract.prepare
-    image_names: list[str]  # N: a file name, an id or a row number
-    pictures: Sequence[Path | np.ndarray | None]  # N: a file or pixels, None where there is none
-    truth: scenes.Scenes | None = None  # scenes only: what is where, to measure alignment by
-    clip: np.ndarray | None = None  # [N, E] a frozen CLIP's embeddings, where they guide (see frozen.Clip)
+    name: str                            # "train", "val" or "test"
+    captions: list[str]                  # M, as written
+    image_of: np.ndarray                 # [M] int64, caption -> row of its image
+    features: InMemory | OneArray | ManyFiles | Stored | None  # None until they are computed from the pictures
+    image_names: list[str]               # N, a file name, an id or a row number
+    pictures: Sequence[Path | np.ndarray | None]  # N, a file or pixels; None where there is no picture
+    truth: scenes.Scenes | None = None   # what is where in a scene, to measure alignment (scenes only)
+    clip: np.ndarray | None = None       # [N, E] the embeddings of a frozen CLIP (CGE only)
 
     def picture(self, row: int) -> Image.Image | None:
-        """An image row's picture, RGB and upright; None if it has none. Raises BadInput for a file that is none."""
+        """The picture of an image, RGB and upright, or None. Raises BadInput if the file is not a picture."""
         return None if self.pictures[row] is None else photos.read(self.pictures[row])
 
     def keep(self, good: np.ndarray) -> None:
-        """Go on with some of the images, `good` [N] bool, and their captions."""
-        captions = good[self.image_of]
-        self.captions = [caption for caption, stays in zip(self.captions, captions, strict=True) if stays]
-        self.image_of = (np.cumsum(good) - 1)[self.image_of[captions]]
-        self.image_names, self.pictures = ([each for each, stays in zip(every, good, strict=True) if stays]
-                                           for every in (self.image_names, self.pictures))
+        """Drop all images but the good ones, and their captions. good: [N] bool."""
+        kept = good[self.image_of]                                                    # [M] bool
+        self.captions = [caption for caption, stays in zip(self.captions, kept, strict=True) if stays]
+        self.image_of = (np.cumsum(good) - 1)[self.image_of[kept]]
+        self.image_names = [name for name, stays in zip(self.image_names, good, strict=True) if stays]
+        self.pictures = [picture for picture, stays in zip(self.pictures, good, strict=True) if stays]
 
 
 def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val", "test"), regions: str = "auto",
          split_seed: int = 0) -> dict[str, Split]:
+    """The splits of a dataset: "scenes", which needs no files, "flickr8k", "flickr30k", "coco" or "folder" (your own).
+
+    root: the folder of the files. A "test" split is left out if the dataset has none. regions: "files" wants files of
+    region features, "auto" takes them if they are there, any other word leaves `features` None. split_seed: how
+    your own pictures are drawn into splits if their table does not say. Raises BadInput if a file is missing or wrong.
+    """
     if dataset == "scenes":
-        return {name: scenes_split(name, regions) for name in splits}
-    return {name: Split(name, *listing) for name, listing in layouts.read(dataset, root, splits, regions, split_seed).items()}
+        return {name: load_scenes(name, regions) for name in splits}
+    listings = layouts.read(dataset, root, splits, regions, split_seed)
+    return {name: Split(name, **listing._asdict()) for name, listing in listings.items()}
 
 
-def scenes_split(name: str, regions: str) -> Split:
-    truth = scenes.make(name, seed=0)  # the same for every training seed
-    names = [f"scene {row}" for row in range(len(truth.pictures))]
+def load_scenes(name: str, regions: str = "auto") -> Split:
+    """A split of the built-in scenes, the same for every training seed."""
+    truth = scenes.make(name, seed=0)
     features = InMemory(f"scenes {name}", truth.regions, truth.boxes) if regions in ("auto", "files") else None
+    names = [f"scene {row}" for row in range(len(truth.pictures))]
     return Split(name, truth.captions, truth.image_of, features, names, truth.pictures, truth)
 
 
-# ------------------------------------------------------------------------------------------------------- tokenisation
+# ------------------------------------------------------------------------------------------------------ word pieces
 
 
-@dataclass
-class Words:
-    """All captions' word pieces with [CLS] and [SEP]: caption i has ids[offsets[i] : offsets[i + 1]]."""
+def tokenize(captions: Sequence[str], tokenizer, longest: int) -> list[np.ndarray]:
+    """Captions to word pieces: for each caption its ids, [CLS] and [SEP] included, int32.
 
-    ids: np.ndarray  # [total] int32
-    offsets: np.ndarray  # [M + 1] int64
-
-    def padded(self, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
-        """word_ids [B, W] long and word_mask [B, W] bool of some captions, W that of the longest."""
-        start, end = self.offsets[rows, None], self.offsets[rows + 1, None]
-        where = start + np.arange((end - start).max())
-        mask = where < end
-        ids = np.where(mask, self.ids[np.minimum(where, end - 1)], pad_id)
-        return {"word_ids": torch.from_numpy(ids.astype(np.int64)), "word_mask": torch.from_numpy(mask)}
-
-    def take(self, rows: np.ndarray) -> Words:
-        """Some captions by themselves, in the order given."""
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Words(self.ids[np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
-
-
-def tokenize(captions: Sequence[str], tokenizer, longest: int) -> Words:
-    """Ids by a fast tokenizer of `transformers`, `longest` at most, [SEP] kept; BadInput where it finds no word."""
-    ids, lengths = [np.zeros(0, np.int32)], []
+    tokenizer: a fast tokenizer of `transformers`. A caption is cut to `longest` pieces, and keeps its [SEP]. Raises
+    BadInput if the tokenizer finds no word in a caption.
+    """
+    words: list[np.ndarray] = []
     for start in range(0, len(captions), 10_000):
-        part = list(captions[start : start + 10_000])
-        lists = tokenizer(part, truncation=True, max_length=longest, return_attention_mask=False)["input_ids"]
-        lengths += map(len, lists)
-        ids.append(np.fromiter(chain.from_iterable(lists), np.int32))
-    for row in np.flatnonzero(np.array(lengths) <= tokenizer.num_special_tokens_to_add()).tolist():
-        raise BadInput(f"caption {row}, {captions[row]!r}: the tokenizer finds no word in it")
-    return Words(np.concatenate(ids), np.cumsum([0, *lengths], dtype=np.int64))
+        part = tokenizer(list(captions[start : start + 10_000]), truncation=True, max_length=longest)
+        words += [np.array(ids, np.int32) for ids in part["input_ids"]]
+    for row, ids in enumerate(words):
+        if len(ids) <= tokenizer.num_special_tokens_to_add():
+            raise BadInput(f"caption {row}, {captions[row]!r}: the tokenizer finds no word in it")
+    return words
 
 
-# ------------------------------------------------------------------------------------------------------ caption noise
+def pad(words: Sequence[np.ndarray], pad_id: int) -> dict[str, Tensor]:
+    """Captions of different lengths -> word_ids [B, W] long and word_mask [B, W] bool, W that of the longest."""
+    longest = max(len(ids) for ids in words)
+    word_ids = torch.full((len(words), longest), pad_id, dtype=torch.long)
+    word_mask = torch.zeros(len(words), longest, dtype=torch.bool)
+    for row, ids in enumerate(words):
+        word_ids[row, : len(ids)] = torch.from_numpy(ids)
+        word_mask[row, : len(ids)] = True
+    return {"word_ids": word_ids, "word_mask": word_mask}
 
 
 class CaptionNoise:
-    """Each word is disturbed with probability `chance`: half of these become [MASK], a tenth a random word piece, the
-    rest vanish (USER, details of training; the shares are those of the released code). The pieces of a word share its
-    fate, [CLS] and [SEP] stay, and so does a caption that would lose all its words. `seed`: numbers to draw by."""
+    """Disturb each word with probability `chance` (USER, details of training).
 
-    def __init__(self, tokenizer, chance: float, seed: Sequence[int]):
+    Half of the disturbed words become [MASK], one in ten a random word piece, the rest vanish; these are the shares of
+    the released code. All pieces of a word share its fate. [CLS] and [SEP] stay, and a caption that would lose all its
+    words stays as it is.
+    """
+
+    def __init__(self, tokenizer, chance: float):
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self.inner = np.array([piece.startswith("##") for piece in pieces])  # goes on with the word before it
-        self.fixed = np.isin(range(len(pieces)), [tokenizer.cls_token_id, tokenizer.sep_token_id])
-        self.random = np.setdiff1d(range(len(pieces)), tokenizer.all_special_ids)
-        self.hidden = tokenizer.mask_token_id
-        self.chance, self.seed = chance, list(seed)
+        self.continues = np.array([piece.startswith("##") for piece in pieces])  # belongs to the word before it
+        self.ordinary = np.setdiff1d(range(len(pieces)), tokenizer.all_special_ids)
+        self.mask_id, self.chance = tokenizer.mask_token_id, chance
 
-    def __call__(self, words: Words, who: int) -> Words:
-        """The captions with fresh noise; the same for the same `seed` and `who`, wherever it is computed."""
-        rng = np.random.default_rng([*self.seed, who])
-        ids, caption = words.ids.copy(), np.repeat(np.arange(len(words.offsets) - 1), np.diff(words.offsets))
-        word = np.cumsum(~self.inner[ids]) - 1                          # [total]: the word that a piece belongs to
-        fate = np.where(self.fixed[ids], 1.0, rng.random(word[-1] + 1)[word] / max(self.chance, 1e-9))
-        changed = (fate >= 0.5) & (fate < 0.6)
-        ids[fate < 0.5] = self.hidden
-        ids[changed] = rng.choice(self.random, changed.sum())
-        stays = (fate < 0.6) | (fate >= 1)
-        left = np.bincount(caption, stays & ~self.fixed[words.ids])   # words left, by caption
-        stays |= left[caption] == 0
-        return Words(ids[stays], np.concatenate([[0], np.cumsum(np.bincount(caption, stays))]).astype(np.int64))
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The word pieces of one caption with fresh noise."""
+        noisy, fate = [], ""
+        for piece in ids[1:-1].tolist():
+            if not fate or not self.continues[piece]:  # a new word draws its fate
+                fate = self.draw_fate(rng)
+            if fate == "stays":
+                noisy.append(piece)
+            elif fate == "hidden":
+                noisy.append(self.mask_id)
+            elif fate == "changed":
+                noisy.append(rng.choice(self.ordinary))
+        return np.array([ids[0], *noisy, ids[-1]], np.int32) if noisy else ids
+
+    def draw_fate(self, rng: np.random.Generator) -> str:
+        draw = rng.random()
+        if draw >= self.chance:
+            return "stays"
+        return "hidden" if draw < 0.5 * self.chance else "changed" if draw < 0.6 * self.chance else "vanishes"
 
 
-# ------------------------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------------------------------------------------- batches
 
 
-def image_side(split: Split, images: np.ndarray) -> dict[str, torch.Tensor]:
-    """regions [I, R, F], boxes [I, R, 4], region_mask [I, R], and clip [I, E] where a CLIP guides."""
-    parts = [*split.features.read(images), *([] if split.clip is None else [split.clip[images]])]
-    return {name: torch.from_numpy(part) for name, part in zip(("regions", "boxes", "region_mask", "clip"), parts,
-                                                               strict=False)}
+def image_side(split: Split, images: np.ndarray) -> dict[str, Tensor]:
+    """regions [I, R, F], boxes [I, R, 4], region_mask [I, R], and clip [I, E] if a CLIP guides."""
+    regions, boxes, mask = split.features.read(images)
+    batch = {"regions": regions, "boxes": boxes, "region_mask": mask}
+    if split.clip is not None:
+        batch["clip"] = split.clip[images]
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class Pairs(torch.utils.data.Dataset):
-    """pairs[caption rows] -> a batch of B captions and their I distinct images, each once: regions [I, R, F], boxes
-    [I, R, 4], region_mask [I, R], word_ids and word_mask [B, W], image_row [B] (caption -> row of regions), image_index
-    and caption_index [B]. For DataLoader(pairs, sampler=batches, batch_size=None)."""
+    """Training batches: pairs[rows of captions] is the batch of these captions and their images.
 
-    def __init__(self, split: Split, words: Words, pad_id: int = 0, noise: CaptionNoise | None = None,
-                 region_noise: float = 0.0, seed: Sequence[int] = (0,)):
-        self.split, self.words, self.pad_id, self.noise = split, words, pad_id, noise
-        self.region_noise, self.seed = region_noise, list(seed)
+    Use it as DataLoader(pairs, sampler=batches, batch_size=None), with batches from `epoch_batches`. seed: the numbers
+    that the noise is drawn from, together with the first caption of the batch, so that a resumed run draws the same.
+    """
+
+    def __init__(self, split: Split, words: list[np.ndarray], pad_id: int = 0, noise: CaptionNoise | None = None,
+                 seed: Sequence[int] = (0,)):
+        self.split, self.words, self.pad_id, self.noise, self.seed = split, words, pad_id, noise, list(seed)
 
     def __len__(self) -> int:
-        return len(self.split.image_of)
+        return len(self.words)
 
-    def __getitem__(self, captions: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, captions: Sequence[int]) -> dict[str, Tensor]:
         captions = np.asarray(captions, np.int64)
         images, image_row = np.unique(self.split.image_of[captions], return_inverse=True)
-        who = {"image_row": image_row, "image_index": images[image_row], "caption_index": captions}
-        words = self.words.take(captions)
+        words = [self.words[caption] for caption in captions]
         if self.noise:
-            words = self.noise(words, int(captions[0]))
-        words = words.padded(np.arange(len(captions)), self.pad_id)
-        pictures = image_side(self.split, images)
-        if self.region_noise:
-            seed = [*self.seed, int(captions[0])]
-            pictures["region_mask"] = thinned(pictures["region_mask"], self.region_noise, seed)
-        return pictures | words | {name: torch.from_numpy(a) for name, a in who.items()}
+            rng = np.random.default_rng([*self.seed, captions[0]])
+            words = [self.noise(ids, rng) for ids in words]
+        who = {"image_row": image_row, "image_index": images[image_row], "caption_index": captions}
+        return (image_side(self.split, images) | pad(words, self.pad_id)
+                | {name: torch.from_numpy(index) for name, index in who.items()})
 
 
-def thinned(mask: torch.Tensor, chance: float, seed: Sequence[int]) -> torch.Tensor:
-    """[I, R] -> the same without some of the real regions, each with probability `chance`; one stays at least."""
-    rng = np.random.default_rng([*seed, 1])
-    draw = np.where(mask.numpy(), rng.random(mask.shape), -1)
-    return torch.from_numpy((draw >= chance) | (draw == draw.max(1, keepdims=True))) & mask
+def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int, seed: int,
+                  epoch: int) -> list[list[int]]:
+    """The batches of an epoch, lists of caption rows: some images, and `captions_per_image` captions of each.
 
-
-def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int, seed: int, epoch: int) -> list:
-    """An epoch's batches, lists of caption rows: of batch_size // captions_per_image images captions_per_image each.
-
-    An epoch goes in rounds. In each the images come in a new order and give their next captions, each in its own
-    shuffled order, so that an image is encoded once for several captions; one with fewer left gives those. The last,
-    incomplete batch is dropped unless it is alone. Depends on (seed, epoch) only."""
+    An epoch goes in rounds. In each round every image gives its next captions, in a new order of the images, so that an
+    image is encoded once for several captions. An image that has fewer left gives those. The last batch is dropped if
+    it is not full, unless it is the only one. The result depends on (seed, epoch) alone.
+    """
     rng = np.random.default_rng([seed, epoch])
-    each = min(captions_per_image, batch_size, int(np.bincount(image_of).max()))  # no more than any image has
-    captions = np.lexsort((rng.permutation(len(image_of)), image_of))  # image by image, shuffled inside each
-    place = np.arange(len(captions)) - np.searchsorted(image_of[captions], image_of[captions])  # in its image's order
-    first = np.flatnonzero(place % each == 0)  # a group is what an image gives in a round: here it begins,
-    size = np.diff(first, append=len(captions))  # so many captions are in it
-    order = np.lexsort((rng.permutation(len(first)), place[first] // each))  # round by round, shuffled inside each
-    end = np.cumsum(size[order])
-    captions = captions[np.repeat(first[order] - (end - size[order]), size[order]) + np.arange(len(captions))].tolist()
-    cuts = [0, *(end[batch_size // each - 1 :: batch_size // each].tolist() or [len(captions)])]
-    return [captions[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    captions_of: dict[int, list[int]] = {}
+    for caption in np.argsort(rng.permutation(len(image_of))).tolist():
+        captions_of.setdefault(int(image_of[caption]), []).append(caption)
+    # No more captions than an image has: the batch gets more images instead.
+    each = min(captions_per_image, batch_size, max(len(captions) for captions in captions_of.values()))
+
+    groups = []  # (round, captions that one image gives in it)
+    for image in sorted(captions_of):
+        for start in range(0, len(captions_of[image]), each):
+            groups.append((start // each, captions_of[image][start : start + each]))
+    shuffle = rng.permutation(len(groups))
+    order = sorted(range(len(groups)), key=lambda group: (groups[group][0], shuffle[group]))
+
+    images = batch_size // each  # in a batch
+    batches = [order[start : start + images] for start in range(0, len(order), images)]
+    if len(batches) > 1 and len(batches[-1]) < images:
+        batches.pop()
+    return [[caption for group in batch for caption in groups[group][1]] for batch in batches]
 
 
-def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """All images in order: regions, boxes, region_mask, image_index."""
-    for images in np.split(np.arange(len(split.features)), range(batch_size, len(split.features), batch_size)):
+def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """All images in order, to encode them: what `image_side` gives, and image_index [I]."""
+    for start in range(0, len(split.features), batch_size):
+        images = np.arange(start, min(start + batch_size, len(split.features)))
         yield image_side(split, images) | {"image_index": torch.from_numpy(images)}
 
 
-def text_batches(words: Words, batch_size: int, pad_id: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    """All captions by length, so that little padding is computed: word_ids, word_mask, caption_index."""
-    by_length = np.argsort(np.diff(words.offsets), kind="stable")
-    for captions in np.split(by_length, range(batch_size, len(by_length), batch_size)):
-        yield words.padded(captions, pad_id) | {"caption_index": torch.from_numpy(captions)}
+def text_batches(words: list[np.ndarray], batch_size: int, pad_id: int = 0) -> Iterator[dict[str, Tensor]]:
+    """All captions, to encode them: word_ids, word_mask, caption_index [B]. Sorted by length, to save padding."""
+    by_length = np.argsort([len(ids) for ids in words], kind="stable")
+    for start in range(0, len(words), batch_size):
+        captions = by_length[start : start + batch_size]
+        yield pad([words[caption] for caption in captions], pad_id) | {"caption_index": torch.from_numpy(captions)}

@@ -1,15 +1,17 @@
-"""The losses: TGDT's consistent multimodal contrastive training (CMC) and USER's unified training objective (UTO).
+"""The losses: TGDT's consistent multimodal contrastive loss (CMC) and USER's unified training objective (UTO).
 
 Read beside Liu et al., "Efficient Token-Guided Image-Text Retrieval With Consistent Multimodal Contrastive
 Training" (TGDT), the part on CMC, and Zhang et al., "USER: Unified Semantic Enhancement With Momentum Contrast for
-Image-Text Retrieval" (USER), the part on UTO. Everything here is a function of tensors: it knows no model and no data.
+Image-Text Retrieval" (USER), the part on UTO. The symbols of both papers are listed in docs/symbols.md.
 
-A batch holds B true pairs: image i belongs to caption i, so the true pairs stand on the diagonal of a [B, B]
-similarity matrix. Two captions of one image may meet in a batch; the pairs (i, j) that they form off the diagonal
-are true as well, and calling them negatives would push an image away from its own caption. `positives` [B, B]
-marks all true pairs, so that no loss uses one as a negative.
+Everything here is a function of tensors. A batch holds B captions, and row i of a [B, B] similarity matrix is the
+image of caption i, so the true pairs stand on the diagonal. Two captions of one image may meet in a batch. Their
+pairs are true as well, although they stand off the diagonal. `positives` marks all true pairs, and no loss uses a
+marked pair as a negative.
 """
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,67 +20,71 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------------- TGDT: CMC
 
 
+def with_diagonal(similarity: Tensor, positives: Tensor | None) -> Tensor:
+    """[B, B] bool: the pairs that are marked as true, and the diagonal, which is always true."""
+    diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    return diagonal if positives is None else diagonal | positives
+
+
 def hinge(
     similarity: Tensor, margin: float = 0.2, positives: Tensor | None = None, negatives: str = "hardest"
 ) -> Tensor:
-    """Hinge loss on the negatives of every row and every column, both directions summed (VSE++; TGDT, CMC).
+    """Hinge loss with negatives from the batch, both directions summed (VSE++; TGDT, CMC).
 
     For row i:  max over the negatives j of  [margin + s(i, j) - s(i, i)]+ ,  and the same for the columns.
 
     similarity: [B, B], images by captions, true pairs on the diagonal.
     positives:  [B, B] bool, all true pairs; None means the diagonal alone. They are never negatives.
-    negatives:  "hardest" takes the worst negative of a row, as the papers do; "mean" takes their mean, which is
-                gentler while the embedding is still random.
-    Returns a scalar. Raises ValueError for another word or a matrix that is not square.
+    negatives:  "hardest" takes the worst negative of a row, as TGDT does. "mean" takes the mean over the negatives,
+                which is gentler while the embeddings are still random.
+    Returns a scalar. Raises ValueError if the matrix is not square or `negatives` is another word.
     """
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"hinge needs a square similarity matrix, got {tuple(similarity.shape)}")
+    positives = with_diagonal(similarity, positives)
     truth = similarity.diagonal()
-    ignored = torch.eye(len(truth), dtype=torch.bool, device=similarity.device)
-    if positives is not None:
-        ignored = ignored | positives
-    rows = (margin + similarity - truth[:, None]).clamp(min=0).masked_fill(ignored, 0)
-    columns = (margin + similarity - truth[None, :]).clamp(min=0).masked_fill(ignored, 0)
+    rows = (margin + similarity - truth[:, None]).clamp(min=0).masked_fill(positives, 0)
+    columns = (margin + similarity - truth[None, :]).clamp(min=0).masked_fill(positives, 0)
     if negatives == "hardest":
         return rows.amax(1).sum() + columns.amax(0).sum()
     if negatives == "mean":
-        count = (~ignored).sum(1).clamp(min=1), (~ignored).sum(0).clamp(min=1)
-        return (rows.sum(1) / count[0]).sum() + (columns.sum(0) / count[1]).sum()
+        in_row, in_column = (~positives).sum(1).clamp(min=1), (~positives).sum(0).clamp(min=1)
+        return (rows.sum(1) / in_row).sum() + (columns.sum(0) / in_column).sum()
     raise ValueError(f'negatives is "hardest" or "mean", not {negatives!r}')
 
 
 def local_similarity(
-    region_tokens: Tensor, region_mask: Tensor, word_tokens: Tensor, word_mask: Tensor, words: str = "sum"
+    region_tokens: Tensor, region_mask: Tensor, word_tokens: Tensor, word_mask: Tensor, reduction: str = "sum"
 ) -> Tensor:
-    """Late interaction: each word takes its most similar region; a caption sums its words (TGDT, local similarity).
+    """Late interaction: each word takes its most similar region (TGDT, local similarity).
 
     region_tokens: [I, R, D] unit length, region_mask: [I, R] bool, at least one real region an image.
     word_tokens:   [C, W, D] unit length, word_mask:   [C, W] bool.
-    words:         "sum" over the caption's words, the paper's form; "mean" does not favour long captions.
-    Returns [I, C]. A padded region can never win the maximum (it is -inf there, not 0, which would beat every
-    negative similarity); padded words are not computed at all, so padding cannot change a result.
+    reduction:     "sum" over the caption's words is the paper's form. "mean" does not favour long captions.
+    Returns [I, C]. Raises ValueError if `reduction` is another word. Padding never changes the result: padded words
+    are left out, and a padded region has similarity -inf, so that it cannot win the maximum. (With 0 in its place,
+    as in the released code, it would beat every negative similarity.)
     """
     images, regions = region_mask.shape
-    packed = word_tokens[word_mask]                                       # [n, D]: the real words of all captions
-    owner = word_mask.nonzero()[:, 0]                                     # [n]: the caption that each belongs to
-    dots = (region_tokens.flatten(0, 1) @ packed.T).view(images, regions, -1)
-    if not region_mask.all():
-        dots = dots.masked_fill(~region_mask[:, :, None], float("-inf"))
-    best = dots.max(1).values                                             # [I, n]; its gradient is cheaper than amax's
-    best = best.to(torch.promote_types(best.dtype, torch.float32))  # sums in half precision would lose digits
-    total = best.new_zeros(images, len(word_mask)).index_add(1, owner, best)
-    if words == "sum":
+    words = word_tokens[word_mask]                                   # [n, D], the real words of all captions
+    caption = word_mask.nonzero()[:, 0]                              # [n], the caption that each word belongs to
+    dots = (region_tokens.flatten(0, 1) @ words.T).view(images, regions, -1)                    # [I, R, n]
+    dots = dots.masked_fill(~region_mask[:, :, None], float("-inf"))
+    best = dots.max(1).values                                        # [I, n]; max has a cheaper gradient than amax
+    best = best.to(torch.promote_types(best.dtype, torch.float32))   # half precision would lose digits in the sum
+    total = best.new_zeros(images, len(word_mask)).index_add(1, caption, best)                  # [I, C]
+    if reduction == "sum":
         return total
-    if words == "mean":
+    if reduction == "mean":
         return total / word_mask.sum(1).clamp(min=1)
-    raise ValueError(f'words is "sum" or "mean", not {words!r}')
+    raise ValueError(f'reduction is "sum" or "mean", not {reduction!r}')
 
 
 def intra_consistency(image_global: Tensor, text_global: Tensor, margin: float = 0.3) -> Tensor:
-    """Two pictures should be as similar as their captions are (TGDT, the intra-modal part of CMC).
+    """Two images should be as similar as their captions are (TGDT, the intra-modal part of CMC).
 
-    Sum over i of [ max over j of |t(i, j) - v(i, j)| - margin ]+ , where v and t are the image-image and the
-    text-text similarities. image_global, text_global: [B, D] unit length. Returns a scalar.
+    Sum over i of [ max over j of |t(i, j) - v(i, j)| - margin ]+ , where v are the similarities of image with image
+    and t those of caption with caption. image_global, text_global: [B, D] unit length. Returns a scalar.
     """
     images, texts = image_global @ image_global.T, text_global @ text_global.T
     return ((texts - images).abs().amax(0) - margin).clamp(min=0).sum()
@@ -96,8 +102,9 @@ def cmc(
 ) -> Tensor:
     """Consistent multimodal contrastive loss: inter-modal on both levels, plus intra-modal (TGDT, CMC).
 
-    image_global, text_global: [B, D] unit length.  local: [B, B] from `local_similarity`, or None without it.
-    The local similarity is weighted before the hinge, as it is weighted when it re-ranks. Returns a scalar.
+    image_global, text_global: [B, D] unit length.  local: [B, B] from `local_similarity`, or None for the coarse level
+    alone. The local similarity gets its weight before the hinge, the same weight that it has in re-ranking.
+    Returns a scalar, a sum over the pairs.
     """
     loss = hinge(image_global @ text_global.T, margin, positives, negatives)
     if local is not None:
@@ -108,23 +115,23 @@ def cmc(
 # ------------------------------------------------------------------------------------------------- USER: UTO
 
 
-def soft_hinge(similarity: Tensor, ignored: Tensor | None, mu: float, gamma: float) -> Tensor:
-    """(1 / mu) log(1 + sum over j of e^{mu (s(i, j) - gamma)}) for each row i; [B, K] -> [B] (USER, UTO).
+def soft_hinge(similarity: Tensor, positives: Tensor | None, mu: float, gamma: float) -> Tensor:
+    """(1 / mu) log(1 + sum over the negatives j of e^{mu (s(i, j) - gamma)}) for each row i (USER, UTO).
 
-    A smooth max over the negatives of how far each rises above gamma. The exponential of 45 and more does not fit into
-    half precision: it is never taken, and whatever comes in is computed in float32 at least.
+    This is a smooth maximum of how far the negatives rise above gamma. similarity [B, K] -> [B] in float32 or better.
+    e^{mu (s - gamma)} overflows in half precision; the log-sum-exp never computes it.
     """
-    rises = mu * (similarity.to(torch.promote_types(similarity.dtype, torch.float32)) - gamma)
-    if ignored is not None:
-        rises = rises.masked_fill(ignored, float("-inf"))
-    return F.pad(rises, (1, 0)).logsumexp(1) / mu
+    rise = mu * (similarity.to(torch.promote_types(similarity.dtype, torch.float32)) - gamma)
+    if positives is not None:
+        rise = rise.masked_fill(positives, float("-inf"))
+    return F.pad(rise, (1, 0)).logsumexp(1) / mu  # the zero in front is the 1 in log(1 + ...)
 
 
 def reward(truth: Tensor, floor: bool = True) -> Tensor:
-    """log(1 + [s]+) of the true pairs' similarities, [B] -> [B] (USER, UTO).
+    """log(1 + [s]+) of the similarities of true pairs, [B] -> [B] (USER, UTO).
 
-    The paper's form gives a pair below zero no gradient. Where all pairs start there, which is a matter of the seed,
-    nothing ever moves: without the floor the reward goes on below zero as s, with the slope that it has at zero.
+    This form gives a pair below zero no gradient. If all pairs start there, which depends on the seed, nothing ever
+    moves. Without the floor the reward goes on below zero as s, with the slope that it has at zero.
     """
     truth = truth.to(torch.promote_types(truth.dtype, torch.float32))
     above = truth.clamp(min=0).log1p()
@@ -132,45 +139,106 @@ def reward(truth: Tensor, floor: bool = True) -> Tensor:
 
 
 def uto_batch(
-    similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None, floor: bool = True
+    similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None,
+    reward_floor: bool = True,
 ) -> Tensor:
-    """Unified training objective on a batch: the mean over its pairs (USER, UTO).
+    """The unified training objective on a batch, a mean over its pairs (USER, UTO).
 
-    similarity: [B, B], images by captions, true pairs on the diagonal. positives: [B, B] bool, all true pairs, no
-    negatives; None means the diagonal alone. floor: see `reward`. Returns a scalar.
+    similarity: [B, B], images by captions, true pairs on the diagonal. positives: [B, B] bool, all true pairs; None
+    means the diagonal alone. reward_floor: see `reward`. Returns a scalar.
     """
-    ignored = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    if positives is not None:
-        ignored = ignored | positives
-    rows, columns = soft_hinge(similarity, ignored, mu, gamma), soft_hinge(similarity.T, ignored.T, mu, gamma)
-    return (rows + columns - reward(similarity.diagonal(), floor)).mean()
+    positives = with_diagonal(similarity, positives)
+    rows = soft_hinge(similarity, positives, mu, gamma)
+    columns = soft_hinge(similarity.T, positives.T, mu, gamma)
+    return (rows + columns - reward(similarity.diagonal(), reward_floor)).mean()
 
 
 def uto_queue(
     queries: Tensor, keys: Tensor, queue: Tensor, mu: float = 90.0, gamma: float = 0.5,
-    false_negatives: Tensor | None = None, floor: bool = True,
+    positives: Tensor | None = None, reward_floor: bool = True,
 ) -> Tensor:
-    """Unified training objective on a queue, one direction: the mean over the queries (USER, UTO and momentum).
+    """The unified training objective on a queue, one direction, a mean over the queries (USER, UTO and momentum).
 
-    queries: [B, D] of one modality; keys: [B, D], what the momentum encoder makes of their true counterparts; queue:
-    [K, D], earlier keys, the negatives; all of unit length. false_negatives: [B, K] bool, keys that are none after all.
-    floor: see `reward`. Returns a scalar. Gradients flow to the queries only.
+    queries: [B, D], embeddings of one modality. keys: [B, D], their true partners by the momentum encoder. queue:
+    [K, D], earlier keys, the negatives. All have unit length. positives: [B, K] bool, the keys that are no negatives of
+    a query. reward_floor: see `reward`. Returns a scalar. Gradients flow into the queries alone.
     """
-    negatives = soft_hinge(queries @ queue.detach().to(queries.dtype).T, false_negatives, mu, gamma)
-    return (negatives - reward((queries * keys.detach()).sum(1), floor)).mean()
+    negatives = soft_hinge(queries @ queue.detach().to(queries.dtype).T, positives, mu, gamma)
+    return (negatives - reward((queries * keys.detach()).sum(1), reward_floor)).mean()
+
+
+class Keys(NamedTuple):
+    """What the momentum encoders add to a batch of B pairs: its keys, and two queues of K earlier ones (USER)."""
+
+    image: Tensor            # [B, D], the image of each caption, by the momentum encoder
+    text: Tensor             # [B, D], the captions, by the momentum encoder
+    image_queue: Tensor      # [K, D]
+    text_queue: Tensor       # [K, D]
+    image_positives: Tensor  # [B, K] bool, the keys of image_queue that are no negatives of a caption
+    text_positives: Tensor   # [B, K] bool, the keys of text_queue that are no negatives of an image
 
 
 def uto(
-    image_global: Tensor, text_global: Tensor, image_keys: Tensor, text_keys: Tensor, image_queue: Tensor,
-    text_queue: Tensor, mu: float = 90.0, gamma: float = 0.5, batch_weight: float = 20.0,
-    positives: Tensor | None = None, no_image: Tensor | None = None, no_text: Tensor | None = None, floor: bool = True,
+    image_global: Tensor,
+    text_global: Tensor,
+    keys: Keys | None = None,
+    positives: Tensor | None = None,
+    mu: float = 90.0,
+    gamma: float = 0.5,
+    batch_weight: float = 20.0,
+    reward_floor: bool = True,
 ) -> Tensor:
-    """The whole objective of USER: batch_weight * UTO on the batch + UTO on both queues (USER, UTO and momentum).
+    """USER's objective: batch_weight * UTO on the batch + UTO on both queues (USER, UTO and momentum).
 
-    image_global, text_global: [B, D]; image_keys, text_keys: [B, D], the same pairs by the momentum encoders;
-    image_queue, text_queue: [K, D]; no_image, no_text: [B, K] bool, their keys that are no negatives of a caption, of
-    an image. An image queries the text queue, a caption the image queue. Returns a scalar, a mean over the pairs.
+    image_global, text_global: [B, D] unit length. An image queries the text queue, a caption the image queue; without
+    keys there is the batch alone. Returns a scalar, a mean over the pairs.
     """
-    return (batch_weight * uto_batch(image_global @ text_global.T, mu, gamma, positives, floor)
-            + uto_queue(image_global, text_keys, text_queue, mu, gamma, no_text, floor)
-            + uto_queue(text_global, image_keys, image_queue, mu, gamma, no_image, floor))
+    loss = batch_weight * uto_batch(image_global @ text_global.T, mu, gamma, positives, reward_floor)
+    if keys is None:
+        return loss
+    options = (mu, gamma)
+    loss = loss + uto_queue(image_global, keys.text, keys.text_queue, *options, keys.text_positives, reward_floor)
+    return loss + uto_queue(text_global, keys.image, keys.image_queue, *options, keys.image_positives, reward_floor)
+
+
+# ------------------------------------------------------------------------------------------ one loss a model
+
+
+def tgdt_loss(
+    images, texts, image_row: Tensor, margin: float = 0.2, intra_margin: float = 0.3, local_weight: float = 10.0,
+    reduction: str = "sum", negatives: str = "hardest",
+) -> Tensor:
+    """CMC of a batch of I images and B captions, as `--model tgdt` is trained (TGDT, CMC).
+
+    images, texts: what the model encoded (`tgdt.Encoded`). image_row: [B] long, the row of `images` that each caption
+    belongs to; the captions of one image are all true pairs of it. Returns a scalar, a sum over the B pairs.
+    """
+    positives = image_row[:, None] == image_row                                                   # [B, B]
+    local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)     # [I, B]
+    return cmc(images.globals[image_row], texts.globals, local[image_row], positives, margin, intra_margin,
+               local_weight, negatives)
+
+
+def user_loss(
+    images, texts, image_row: Tensor, keys: Keys | None = None, mu: float = 90.0, gamma: float = 0.5,
+    batch_weight: float = 20.0, reward_floor: bool = True,
+) -> Tensor:
+    """UTO of a batch of I images and B captions, as `--model user` is trained (USER, UTO and momentum contrast).
+
+    images, texts, image_row: as in `tgdt_loss`; only the globals are used. Returns a scalar, a mean over the B pairs.
+    """
+    positives = image_row[:, None] == image_row                                                   # [B, B]
+    return uto(images.globals[image_row], texts.globals, keys, positives, mu, gamma, batch_weight, reward_floor)
+
+
+def unified_loss(
+    images, texts, image_row: Tensor, keys: Keys | None, cmc: dict, uto: dict, uto_weight: float = 0.03,
+    negatives: str = "hardest",
+) -> Tensor:
+    """CMC + uto_weight * B * UTO, as `--model tgdt-user` is trained. Neither paper has this model.
+
+    cmc and uto are the keyword arguments of `tgdt_loss` and of `user_loss`. CMC is a sum over the B pairs and UTO a
+    mean, hence the B. Returns a scalar, a sum over the pairs.
+    """
+    return (tgdt_loss(images, texts, image_row, negatives=negatives, **cmc)
+            + uto_weight * len(image_row) * user_loss(images, texts, image_row, keys, **uto))

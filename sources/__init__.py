@@ -1,1 +1,1 @@
-"""Where pictures, captions and regions come from. Nothing here knows a model, a split or a setting."""
+"""Where pictures, captions and regions come from. Nothing here knows a model, a split or the settings."""

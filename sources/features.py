@@ -1,9 +1,12 @@
-"""Where region features lie: in memory, in one array a split, in two files an image.
+"""Region features, wherever they lie: in memory, in one array, in two files for each image, or in a store.
 
-A source has len() = N images, .dim = F, .path for messages, and
-.read(rows) -> regions [n, R, F] float32, boxes [n, R, 4] float32 in 0..1, mask [n, R] bool (True = a real region).
-Features stay on disk and a batch's rows are read by offset: a memory map's pages would count as our memory. What
-`extract.py` has computed from pictures is a fourth source, `store.Stored`.
+All four classes are used alike. len() is the number of images N, `dim` the width F of a feature, `path` a name for
+messages, and
+
+    read(rows) -> regions [n, R, F] float32, boxes [n, R, 4] float32 in 0..1, mask [n, R] bool, True for real regions
+
+Rows are read from the disk when they are asked for, with plain reads: the pages of a memory map would count as memory
+of this program.
 """
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sources.files import BadInput, explained
+from sources.store import Store
 
 TERAN = "linked from github.com/mesnico/TERAN"
 
@@ -34,8 +38,11 @@ class InMemory:
 
 
 class OneArray:
-    """SCAN's `{split}_ims.npy`: [rows, R, F] float32 or float16, `repeat` rows in a run an image; boxes read as zeros.
-    Raises BadInput when opened if the file is no such array or cut short, when read for a NaN or an infinity."""
+    """SCAN's {split}_ims.npy, [rows, R, F] in float32 or float16. It has no boxes, so they are zeros.
+
+    repeat: how many rows in a row each image has. Raises BadInput when it is opened if the file is another array or is
+    cut short, and when it is read if a row holds NaN or infinity.
+    """
 
     def __init__(self, path: Path):
         self.path, self.repeat = path, 1
@@ -69,11 +76,13 @@ class OneArray:
 
 
 class ManyFiles:
-    """Bottom-up files: `bu_att/{id}.npz` with key `feat` [R, F] and `bu_box/{id}.npy` [R, 4] in pixels, for each image.
+    """Bottom-up files: bu_att/{id}.npz with key "feat" [R, F], and bu_box/{id}.npy [R, 4] in pixels, for each image.
 
-    Boxes are divided by the picture's size, as the annotations or else the picture tell; failing both, by the largest
-    x2 and y2 of the image's boxes: a detector's boxes nearly always touch the border. Batches are padded to the most
-    regions. Raises BadInput when opened for missing files, when read for damaged or unfitting ones."""
+    Boxes are divided by the size of the picture. The size comes from the annotations, else from the picture itself,
+    else it is the largest x2 and y2 of the image's boxes, because a detector's boxes nearly always reach the border.
+    Images with fewer regions than others in the batch are padded. Raises BadInput when it is opened if files are
+    missing, and when it is read if a file is damaged or does not fit.
+    """
 
     def __init__(self, path: Path, ids: list[int], sizes: list[tuple | None], pictures: list[Path | None]):
         self.path, self.ids, self.sizes, self.pictures = path, ids, sizes, pictures
@@ -98,7 +107,7 @@ class ManyFiles:
         return regions, boxes, mask
 
     def image(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """An image's features [R, F] and its boxes [R, 4] in 0..1."""
+        """The features [R, F] of one image and its boxes [R, 4] in 0..1."""
         feat_file = self.path / "bu_att" / f"{self.ids[row]}.npz"
         box_file = self.path / "bu_box" / f"{self.ids[row]}.npy"
         feat, box = read_array(feat_file, "feat"), read_array(box_file)
@@ -113,13 +122,31 @@ class ManyFiles:
                 self.sizes[row] = Image.open(picture).size if picture else tuple(box[:, 2:].max(0).tolist())
         width, height = self.sizes[row]
         outside = max(-box.min(), (box - (width, height, width, height)).max())
-        if outside > 1 or min(width, height) <= 0:  # a pixel is rounding
+        if outside > 1 or min(width, height) <= 0:  # up to one pixel is rounding
             raise BadInput(f"{box_file}: a box lies {outside:g} pixels outside its {width:g} x {height:g} picture")
         return feat, (box / (width, height, width, height)).clip(0, 1)
 
 
+class Stored:
+    """Features that were computed from pictures: image i has row rows[i] of a store."""
+
+    def __init__(self, store: Store, rows: np.ndarray):
+        self.store, self.rows, self.path = store, rows, str(store.folder)
+        self.dim = store.arrays["regions"][0][1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, rows: Sequence[int]) -> tuple:
+        of_store = self.rows[rows]
+        count = self.store.read("count", of_store)  # [n] real regions
+        most = count.max()
+        regions, boxes = (self.store.read(name, of_store)[:, :most] for name in ("regions", "boxes"))
+        return regions, boxes, np.arange(most) < count[:, None]
+
+
 def read_array(path: Path, key: str | None = None, dtype: type = np.float32) -> np.ndarray:
-    """The array of a .npy file, or the one called `key` of a .npz archive; never a pickle."""
+    """The array of a .npy file, or the one called `key` of a .npz archive. Pickled objects are refused."""
     with explained(path, f"an .npz archive with key '{key}'" if key else "a .npy array"):
         array = np.load(path, allow_pickle=False)
         return np.atleast_1d((array[key] if key else array).astype(dtype, casting="same_kind"))

@@ -1,42 +1,63 @@
-"""Errors for people, and files that are whole or not there.
+"""Clear errors, and files that are never left half written.
 
-An error is one clear line that names the place, what was found there and what was expected. A file that is written here
-replaces the old one at once: a kill at any moment leaves the one or the other.
+An error message is one line. It names the file, line or index, says what was found there and what was expected.
 """
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 
 class BadInput(ValueError):
-    """Something the user gave is wrong; the message is one clear line for people."""
+    """Something that the user gave is wrong. The message is one clear line for people."""
 
 
 @contextmanager
 def explained(place: Path | str, expected: str):
-    """Turns what NumPy and friends raise on a damaged or misnamed file into a BadInput that names the place."""
+    """Turns any error inside the block into a BadInput that says where it happened and what was expected there.
+
+    Use it around a small block that reads a file: NumPy, zipfile, json and PIL raise many kinds of errors.
+    """
     try:
         yield
     except UnicodeDecodeError as e:
         line = e.object.count(b"\n", 0, e.start) + 1
         raise BadInput(f"{place}, line {line}: byte 0x{e.object[e.start]:02x} is not UTF-8") from None
-    except Exception as e:  # NumPy, zipfile, zlib, json and PIL raise nearly anything: keep the block small
+    except Exception as e:
         raise BadInput(f"{place}: expected {expected} ({type(e).__name__}: {e})".replace("\n", " ")) from None
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one, never a part."""
+    """Write a file by `write(file)`. If the program is killed, the old file or the new one is there, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def append(path: Path, end: int, content: bytes) -> None:
+    """Write `content` behind the first `end` bytes of a file, and wait until it is on the disk.
+
+    What stood behind these bytes is cut off: it is the rest of a write that was interrupted. Raises BadInput if the
+    file cannot be written, for instance because the disk is full.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.truncate(end)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}; what was written before is kept") from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -48,3 +69,18 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def read_weights(path: Path, expected: str, allowed: Sequence[type] = ()) -> object:
+    """Read a file of torch.save onto the CPU without running any code from it.
+
+    expected: what the file should be, for the message. allowed: classes that it may hold besides tensors, numbers,
+    texts, lists and dictionaries. Raises BadInput if the file is missing or is anything else.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file, expected {expected}")
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways; its long messages recommend unsafe loading
+        raise BadInput(f"{path}: expected {expected} ({type(error).__name__})") from error

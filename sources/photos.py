@@ -1,7 +1,4 @@
-"""Photographs as people have them: found by name, read upright and in RGB, whatever the file holds.
-
-Part of neither paper; what comes before the region features of both.
-"""
+"""Pictures in files: found by name, and read upright and in RGB whatever kind of file they are."""
 from __future__ import annotations
 
 import io
@@ -17,34 +14,34 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sources.files import BadInput, explained
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "train2014", "val2014")
-ENOUGH = 1600  # pixels: twice what any network here looks at
+ENOUGH = 1600  # pixels of a side: twice what any network here looks at
 
 
 def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image:
     """A picture, upright and in RGB, from a file or from pixels [H, W, 3] uint8.
 
-    Turned as its EXIF data say; transparency becomes white; 16 bits become 8; CMYK and grey become RGB; a JPEG of twice
-    `ENOUGH` pixels both ways and more is halved as it is decoded, which saves most of the time. content: the file's
-    bytes, if they have been read already. Raises BadInput, naming the file, for one that is no picture, is cut short,
-    or has more than 179 million pixels.
+    The picture is turned as its EXIF data say. Transparency becomes white, 16 bits become 8, CMYK and grey become RGB.
+    A JPEG whose sides are at least twice `ENOUGH` is halved while it is decoded, which saves most of the time.
+    content: the bytes of the file, if they have been read already. Raises BadInput, naming the file, if it is not a
+    picture, is cut short, or has more than 179 million pixels.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     with explained(source, "a picture"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, and of pictures that are merely large
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of large pictures
         try:
             image = Image.open(source if content is None else io.BytesIO(content))
-        except UnidentifiedImageError:  # whose message is about the bytes
-            raise ValueError("of no kind that Pillow knows") from None
+        except UnidentifiedImageError:  # Pillow's message would name a buffer, not the file
+            raise ValueError("Pillow does not know this kind of file") from None
         image.draft(None, (ENOUGH, ENOUGH))
         return in_rgb(ImageOps.exif_transpose(image))
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes -> RGB. Raises ValueError for floating-point pixels, whose range nobody knows."""
+    """Convert any of Pillow's modes to RGB. Raises ValueError for floating-point pixels: their range is unknown."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16 bits, and what Pillow keeps in 32: it would cut them off at 255
+    if image.mode.startswith("I"):  # 16 bits, which Pillow itself would cut off at 255
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -54,21 +51,24 @@ def in_rgb(image: Image.Image) -> Image.Image:
 
 
 def listed(folder: Path) -> list[Path]:
-    """All pictures in a folder and the folders in it, by the endings of their names, sorted; BadInput for none."""
+    """All pictures in a folder and its subfolders, sorted, found by the endings of their names.
+
+    Raises BadInput if there are none.
+    """
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with pictures")
     endings = Image.registered_extensions()
     found = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names
                    if Path(name).suffix.lower() in endings and not name.startswith("."))
     if not found:
-        raise BadInput(f"{folder}: no pictures in it or in the folders in it")
+        raise BadInput(f"{folder}: no pictures in it or in its subfolders")
     return found
 
 
 def find(root: Path, names: Sequence[tuple[str, str] | None]) -> list[Path | None]:
-    """Where pictures (folder, file name) are: as named, or in one of the usual folders of `root`; None for nowhere.
+    """Find pictures, given as (folder, file name), below `root` or in one of its usual subfolders. None: not found.
 
-    An accent may be one character or two: file systems differ in that.
+    An accented letter may be one character or two, because file systems differ in that.
     """
     usual = [root / folder for folder in FOLDERS if (root / folder).is_dir()]
 

@@ -1,22 +1,23 @@
-"""Regions: a stand-in for the detector, for the built-in scenes: boxes and features from pixels alone.
+"""Windows: a simple stand-in for the detector, used for the built-in scenes.
 
-The papers take 36 regions a picture from a frozen detector. Here `propose` ranks a fixed set of windows by how much
-their colour differs from that of their surroundings, and `describe` gives each a fixed transform of its pixels. Most
-windows are no objects, as with a detector. Nothing here is learnt, and nothing of how a scene was drawn comes in.
+The papers take 36 regions of each picture from a frozen detector. Here `propose` picks the windows whose colour differs
+most from their surroundings, and `describe` turns the pixels of each into a feature vector. Most windows hold no
+object, as with a detector. Nothing is learnt, and only pixels are used: how a scene was drawn is not known here.
 """
+from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
 
-SIDE, BOXES = 128, 36  # pixels of a picture, both ways; regions of it
-HALF = SIDE // 2  # boxes are found and described at half the resolution, where all numbers below are counted
+SIDE, BOXES = 128, 36  # width and height of a picture in pixels, and its number of regions
+HALF = SIDE // 2  # boxes are found and described at half the resolution; all numbers below count these pixels
 CELLS = 4  # a box is described by 4 x 4 cells
-DIM = CELLS * CELLS * (3 + 8) + 3 + 2  # numbers a box: colours and edges, the frame's colour, width and height
+DIM = CELLS * CELLS * (3 + 8) + 3 + 2  # of each cell 3 colours and 8 edge directions; colour around; width and height
 WINDOWS = ((9, 9, 3), (12, 12, 3), (16, 16, 4), (21, 21, 4), (10, 20, 5), (20, 10, 5))  # width, height, step
 ANCHORS = np.array([(x, y, x + w, y + h) for w, h, step in WINDOWS
                     for y in range((HALF - h) % step // 2, HALF - h + 1, step)
-                    for x in range((HALF - w) % step // 2, HALF - w + 1, step)])  # fmt: skip
+                    for x in range((HALF - w) % step // 2, HALF - w + 1, step)])
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -36,7 +37,10 @@ def halved(pictures: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def integral(maps: np.ndarray) -> np.ndarray:
-    """Sums of all above and left of each corner: [n, 64, 64, C] -> [n, 65, 65, C + 1]; the last channel counts."""
+    """The integral image: at each corner the sum of all pixels above and to the left of it.
+
+    [n, 64, 64, C] -> [n, 65, 65, C + 1]. The last channel counts the pixels.
+    """
     table = np.zeros((len(maps), HALF + 1, HALF + 1, maps.shape[-1] + 1), np.int32)
     table[:, 1:, 1:, :-1], table[:, 1:, 1:, -1] = maps, 1
     np.cumsum(table, 1, out=table)
@@ -44,7 +48,10 @@ def integral(maps: np.ndarray) -> np.ndarray:
 
 
 def sums(table: np.ndarray, boxes: np.ndarray, parts: int = 1) -> np.ndarray:
-    """Sums over the parts x parts cells of each box: boxes [n or 1, K, 4] -> [n, K, parts, parts, channels]."""
+    """Sums over the parts x parts cells of each box, from an integral image.
+
+    boxes [n or 1, K, 4] -> [n, K, parts, parts, channels].
+    """
     low, high = boxes[..., None, :2], boxes[..., None, 2:]
     x, y = np.moveaxis(low + (high - low) * np.arange(parts + 1)[:, None] // parts, -1, 0)
     picture = np.arange(len(table))[:, None, None, None]
@@ -55,14 +62,15 @@ def sums(table: np.ndarray, boxes: np.ndarray, parts: int = 1) -> np.ndarray:
 
 
 def grown(boxes: np.ndarray) -> np.ndarray:
+    """The boxes, larger by a quarter of their width and height on each side."""
     return np.clip(boxes + np.tile(boxes[..., 2:] - boxes[..., :2], 2) // 4 * (-1, -1, 1, 1), 0, HALF)
 
 
 def propose(pictures: np.ndarray) -> np.ndarray:
-    """Where something might be: the windows that differ most in colour from their surroundings, few overlapping.
+    """Pick the windows whose colour differs most from their surroundings, without much overlap.
 
-    pictures [N, 128, 128, 3] uint8 -> [N, 36, 4] float32, x1 y1 x2 y2 in 0..1, the most striking first.  ValueError for
-    other arrays.  All in whole numbers, so that ties fall the same everywhere.
+    pictures [N, 128, 128, 3] uint8 -> boxes [N, 36, 4] float32, x1 y1 x2 y2 in 0..1, the most different first.
+    Everything is computed in whole numbers, so that all machines pick the same. Raises ValueError for other arrays.
     """
     near = overlap(ANCHORS, ANCHORS) > 0.45
     found = []
@@ -75,28 +83,32 @@ def propose(pictures: np.ndarray) -> np.ndarray:
         kept = []
         for _ in range(BOXES):
             kept.append(score.argmax(1))
-            score[near[kept[-1]]] = -1
+            score[near[kept[-1]]] = -1  # neither this window nor its neighbours can be picked again
         found.append(ANCHORS[np.stack(kept, 1)])
     return (np.concatenate(found) / HALF).astype(np.float32)
 
 
 def edges(halves: np.ndarray) -> np.ndarray:
-    """Edge strength by direction, of the channel where it is greatest: [n, 64, 64, 3] -> [n, 64, 64, 8]."""
+    """The strength of the edge at each pixel, in the channel of its direction: [n, 64, 64, 3] -> [n, 64, 64, 8].
+
+    Of the three colours the one with the strongest edge counts.
+    """
     dx, dy = np.zeros_like(halves), np.zeros_like(halves)
     dx[:, :, 1:-1], dy[:, 1:-1] = halves[:, :, 2:] - halves[:, :, :-2], halves[:, 2:] - halves[:, :-2]
     best = (abs(dx) + abs(dy)).argmax(-1)[..., None]
     dx, dy = np.take_along_axis(dx, best, -1), np.take_along_axis(dy, best, -1)
     flat, steep = abs(dx), abs(dy)
-    # Four slopes up and four down, parted at 5/12 (nearly tan 22.5), 1 and 12/5: no arctangent, whose last bits vary.
+    # Eight directions, divided at the slopes 5/12 (nearly tan 22.5), 1 and 12/5. An arctangent would differ in its last
+    # bits from machine to machine.
     turn = 4 * ((dx < 0) != (dy < 0)) + (12 * steep > 5 * flat) + (steep > flat) + (5 * steep > 12 * flat)
     return (flat + steep) * (turn == np.arange(8))
 
 
 def describe(pictures: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """What is in a box: colours and edge directions in 4 x 4 cells, the mean colour of the frame around, width, height.
+    """The features of boxes: colours and edges in 4 x 4 cells, the mean colour around the box, its width and height.
 
-    pictures [N, 128, 128, 3] uint8, boxes [N, K, 4] in 0..1 -> [N, K, 181] float32, near zero mean and unit scale (by
-    constants, not fitted).  Raises ValueError for any other kind of array.
+    pictures [N, 128, 128, 3] uint8, boxes [N, K, 4] in 0..1 -> [N, K, 181] float32. Constants bring the numbers near
+    zero mean and unit scale. Raises ValueError for other arrays.
     """
     if boxes.ndim != 3 or boxes.shape[::2] != (len(pictures), 4):
         raise ValueError(f"boxes should be [{len(pictures)}, K, 4], not {boxes.shape}")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-import figures
+from harness import figures
 
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
 

@@ -1,4 +1,4 @@
-"""extract.py: one pass over the pictures, nothing computed twice, nothing stale; and the whole way by command line."""
+"""extract.py, pictures.py: one pass over the pictures, nothing computed twice, nothing stale; and by command line."""
 import json
 import os
 import shutil
@@ -14,17 +14,18 @@ from conftest import WORDS, save_clip, save_pictures
 from PIL import Image
 
 import data
-import extract
-import frozen
-import photos
 import retrieve
 import train
-from files import BadInput
-from run import Settings
+from harness import pictures
+from harness.settings import Settings, make
+from sources import extract, networks, photos
+from sources.files import BadInput
 
 
 class Means:
     """A network that says of a picture its mean colour; it remembers which it has seen."""
+
+    batch_size = 2
 
     def __init__(self, seen: list, weights: str = "w"):
         self.seen, self.prepare = seen, prepare
@@ -48,8 +49,7 @@ def colour(path: Path) -> list[float]:
 @pytest.fixture
 def seen(monkeypatch) -> list:
     seen: list = []
-    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen))
-    monkeypatch.setitem(extract.BATCH, "grid", 2)
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Means(seen))
     return seen
 
 
@@ -60,7 +60,7 @@ def root(tmp_path) -> Path:
 
 
 def settings(root: Path, **more) -> Settings:
-    return Settings(dataset="folder", data_root=str(root), regions="grid", **more)
+    return make(dict(dataset="folder", data_root=str(root), regions="grid") | more)
 
 
 def split(root: Path, names: list[str], name: str = "train") -> data.Split:
@@ -75,7 +75,7 @@ def features(split: data.Split) -> list:
 
 def run(root: Path, names: list[str], **more) -> data.Split:
     own = split(root, names)
-    extract.prepare({"train": own}, settings(root, **more), root / "run")
+    pictures.prepare({"train": own}, settings(root, **more), root / "run")
     return own
 
 
@@ -84,7 +84,7 @@ ALL = [f"{i}.png" for i in range(5)]
 
 def test_each_picture_is_computed_once_for_all_splits(root, seen):
     splits = {"train": split(root, ALL[:3]), "val": split(root, ALL[3:], "val")}
-    found = extract.prepare(splits, settings(root), root / "run")
+    found = pictures.prepare(splits, settings(root), root / "run")
     assert found["regions"]["network"] == "means" and found["clip"] is None
     assert np.allclose(features(splits["train"]) + features(splits["val"]), [colour(root / name) for name in ALL])
     assert len(seen) == 5
@@ -118,7 +118,7 @@ def test_other_weights_or_another_precision_have_a_store_of_their_own(root, seen
     assert len(seen) == 5
     half = run(root, ALL, feature_dtype="float16")
     assert len(seen) == 10 and half.features.path != first.features.path
-    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen, "other"))
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Means(seen, "other"))
     assert run(root, ALL).features.path != first.features.path and len(seen) == 15
 
 
@@ -130,11 +130,11 @@ def test_extraction_goes_on_where_it_was_stopped(root, seen, monkeypatch, capsys
                 raise stop("here")
             return super().look(batch)
 
-    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Stops(seen))
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Stops(seen))
     with pytest.raises(stop):
         run(root, ALL)
     assert len(seen) == 2 and (stop is RuntimeError or "2 of 5" in capsys.readouterr().out)
-    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen))
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Means(seen))
     assert np.allclose(features(run(root, ALL)), [colour(root / name) for name in ALL]) and len(seen) == 5
 
 
@@ -151,7 +151,7 @@ def test_a_second_program_waits_for_the_first_and_computes_nothing_twice(root, s
         assert message.startswith("another program is looking at these pictures")
         second_waits.set()
 
-    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Slow(seen))
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Slow(seen))
     monkeypatch.setattr(extract, "print", told, raising=False)
     with ThreadPoolExecutor(2) as programs:
         first = programs.submit(run, root, ALL[:3])
@@ -167,7 +167,7 @@ def test_workers_see_the_same(root, seen, monkeypatch):
     monkeypatch.setattr(extract, "FEW", 0)
     (root / "2.png").write_bytes(b"no picture")
     own = split(root, ALL)
-    extract.prepare({"train": own}, settings(root, skip_bad=True), root / "run", workers=2)
+    pictures.prepare({"train": own}, settings(root, skip_bad=True), root / "run", workers=2)
     assert np.allclose(features(own), [colour(root / name) for name in ALL if name != "2.png"])
 
 
@@ -198,59 +198,59 @@ def test_regions_and_the_clip_guide_in_one_pass(root, seen, tmp_path_factory, mo
     monkeypatch.setattr(photos, "read", lambda *given: opened.append(given[0]) or read(*given))
     own = split(root, ALL)
     guided = settings(root, model="user", guide="clip", clip_model=str(clip))
-    found = extract.prepare({"train": own}, guided, root / "run")
+    found = pictures.prepare({"train": own}, guided, root / "run")
     assert len(opened) == 5 and own.clip.shape == (5, 6) and found["clip"]["dim"] == 6
-    network = frozen.Clip(str(clip))
+    network = networks.Clip(str(clip))
     want = [network.look({name: value[None] for name, value in network.prepare(read(root / each)).items()})["clip"][0]
             for each in ALL]
     assert np.allclose(own.clip, want, atol=1e-5)
     other = settings(root, model="user", guide="clip", clip_model=str(save_clip(tmp_path_factory.mktemp("clip"), 1)))
     again = split(root, ALL)
-    extract.prepare({"train": again}, other, root / "run")  # another CLIP: its own store, the regions' as before
+    pictures.prepare({"train": again}, other, root / "run")  # another CLIP: its own store, the regions' as before
     assert len(seen) == 5 and not np.allclose(again.clip, own.clip, atol=1e-3)
 
 
 def test_pixels_in_memory_are_looked_at_once_too(seen, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    chosen = Settings(regions="grid", cache=str(tmp_path))
+    chosen = make(dict(regions="grid", cache=str(tmp_path)))
     for _ in range(2):
         own = data.Split("val", ["a"] * 4, np.arange(4), None, list("abcd"), pixels)
-        extract.prepare({"val": own}, chosen, tmp_path)
+        pictures.prepare({"val": own}, chosen, tmp_path)
         assert np.allclose(features(own), pixels.astype(np.float32).mean((1, 2)))
     assert len(seen) == 4
 
 
 def test_a_model_keeps_to_the_network_it_was_trained_with(root, seen, monkeypatch):
-    found = extract.prepare({"train": split(root, ALL[:4])}, settings(root), root / "run")
+    found = pictures.prepare({"train": split(root, ALL[:4])}, settings(root), root / "run")
 
     def gone(settings, device):
         raise BadInput("the network is gone")
 
-    monkeypatch.setattr(extract, "regions_network", gone)
-    extract.prepare({"val": split(root, ALL[:4])}, settings(root), root / "run", wanted=found)  # nothing is missing
+    monkeypatch.setattr(pictures, "regions_network", gone)
+    pictures.prepare({"val": split(root, ALL[:4])}, settings(root), root / "run", wanted=found)  # nothing is missing
     with pytest.raises(BadInput, match="gone"):
-        extract.prepare({"val": split(root, ALL)}, settings(root), root / "run", wanted=found)
-    monkeypatch.setattr(extract, "regions_network", lambda settings, device: Means(seen, "other"))
-    with pytest.raises(BadInput, match="trained on what means sees.*weights w.*weights other"):
-        extract.prepare({"val": split(root, ALL)}, settings(root), root / "run", wanted=found)
+        pictures.prepare({"val": split(root, ALL)}, settings(root), root / "run", wanted=found)
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Means(seen, "other"))
+    with pytest.raises(BadInput, match="trained with the network means.*weights w.*but here is means.*weights other"):
+        pictures.prepare({"val": split(root, ALL)}, settings(root), root / "run", wanted=found)
 
 
 def test_any_picture_can_be_seen_as_a_scene_is(tmp_path):
     splits = data.load("scenes", None, ("val",))
-    found = extract.prepare(splits, Settings(), tmp_path)
+    found = pictures.prepare(splits, Settings(), tmp_path)
     Image.fromarray(splits["val"].pictures[3]).save(tmp_path / "scene.png")
-    alone = extract.one(tmp_path / "scene.png", Settings(), "cpu", found)
+    alone = pictures.one(tmp_path / "scene.png", Settings(), "cpu", found)
     assert np.allclose(alone.features.read([0])[0], splits["val"].features.read([3])[0], atol=1e-6)
     split = data.Split("images", [], np.zeros(0, np.int64), None, ["scene.png"], [tmp_path / "scene.png"])
-    extract.prepare({"images": split}, Settings(data_root=str(tmp_path)), tmp_path, wanted=found)
+    pictures.prepare({"images": split}, make(dict(data_root=str(tmp_path))), tmp_path, wanted=found)
     assert np.allclose(split.features.read([0])[0], splits["val"].features.read([3])[0], atol=1e-6)
 
 
 def test_the_cache_lies_beside_the_data_or_else_beside_the_run(tmp_path):
-    assert extract.cache_folder(settings(tmp_path), tmp_path / "run") == tmp_path / "cache"
-    assert extract.cache_folder(settings(tmp_path / "nowhere"), tmp_path / "run") == tmp_path / "run" / "cache"
-    assert extract.cache_folder(Settings(), tmp_path / "run") == tmp_path / "run" / "cache"
-    assert extract.cache_folder(settings(tmp_path, cache="else"), tmp_path / "run") == Path("else")
+    assert pictures.cache_folder(settings(tmp_path), tmp_path / "run") == tmp_path / "cache"
+    assert pictures.cache_folder(settings(tmp_path / "nowhere"), tmp_path / "run") == tmp_path / "run" / "cache"
+    assert pictures.cache_folder(Settings(), tmp_path / "run") == tmp_path / "run" / "cache"
+    assert pictures.cache_folder(settings(tmp_path, cache="else"), tmp_path / "run") == Path("else")
 
 
 # --------------------------------------------------------------------------------------- the whole way, by command line
@@ -325,8 +325,8 @@ def test_a_picture_more_is_a_picture_more_in_the_index(flags, own, weights, tmp_
     assert retrieve.main(["index", run, "--images", str(own), "--out", index]) == 2
     assert "broken.jpg" in capsys.readouterr().err
     looked = []
-    look = frozen.Grid.look
-    monkeypatch.setattr(frozen.Grid, "look", lambda *given: looked.append(len(given[1]["pixels"])) or look(*given))
+    look = networks.Grid.look
+    monkeypatch.setattr(networks.Grid, "look", lambda *given: looked.append(len(given[1]["pixels"])) or look(*given))
     assert retrieve.main(["index", run, "--images", str(own), "--out", index, "--skip-bad"]) == 0
     out = capsys.readouterr().out
     assert "1 of 22 pictures" in out and "21 images" in out and sum(looked) == 0  # the new one was kept before
@@ -344,7 +344,7 @@ def test_a_run_is_searched_with_its_own_kind_of_regions_only(flags, own, weights
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "other.pth")
     assert retrieve.main(["index", str(tmp_path / "run"), "--images", str(root), "--out", str(tmp_path / "i"),
                           "--region-weights", str(tmp_path / "other.pth")]) == 2
-    assert "the model was trained on what mobilenet_v3_small sees (weights" in capsys.readouterr().err
+    assert "the model was trained with the network mobilenet_v3_small (weights" in capsys.readouterr().err
     assert train.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "2"]) == 0  # from the cache alone
 
 
@@ -363,7 +363,7 @@ def test_karpathy_s_json_and_the_pictures_are_enough(flags, own, weights, tmp_pa
     (own / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     flags = [*flags, "--data-root", str(own), "--epochs", "1", *weights["detector"]]
     assert train.main(flags) == 0  # no --regions: there are no feature files, so the detector looks
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["regions"] == "detector"
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["pictures"]["regions"] == "detector"
     assert "flickr8k has no test split" in capsys.readouterr().out
     assert retrieve.main(["search", str(tmp_path / "run"), "--image", "0.png"]) == 0
 
@@ -372,8 +372,7 @@ def test_a_picture_that_is_missing_for_the_guide_is_named(root, clip_folder):
     splits = {"train": split(root, ["0.png", "no.png", "none.png"])}
     splits["train"].features = object()  # from files
     with pytest.raises(BadInput, match=r"2 of 3 of split train.*image 1 \(no.png\)"):
-        extract.prepare(splits, Settings(model="user", guide="clip", clip_model=str(clip_folder),
-                                         data_root=str(root)), root)
+        pictures.prepare(splits, settings(root, model="user", guide="clip", clip_model=str(clip_folder)), root)
 
 
 @pytest.fixture(scope="module")

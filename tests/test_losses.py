@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
+import tgdt
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -88,7 +89,7 @@ def test_local_similarity_equals_three_loops():
         for c in range(4):
             best = [max(float(r @ w) for r in regions[i][region_mask[i]]) for w in words[c][real_words[c]]]
             assert local[i, c].item() == pytest.approx(sum(best), abs=1e-12)
-    mean = losses.local_similarity(regions, region_mask, words, real_words, words="mean")
+    mean = losses.local_similarity(regions, region_mask, words, real_words, reduction="mean")
     assert torch.allclose(mean, local / torch.tensor([6, 1, 4, 3]))
 
 
@@ -134,7 +135,9 @@ def test_uto_equals_the_released_code(uto_given):
              + losses.uto_queue(g["texts"], g["image_keys"], g["image_queue"]))
     assert batch.item() == pytest.approx(want["uto_batch_mu90_gamma0.5"], abs=1e-5)
     assert queue.item() == pytest.approx(want["uto_queue_mu90_gamma0.5"], abs=1e-5)
-    whole = losses.uto(g["images"], g["texts"], g["image_keys"], g["text_keys"], g["image_queue"], g["text_queue"])
+    nothing = torch.zeros(len(g["images"]), len(g["image_queue"]), dtype=torch.bool)
+    keys = losses.Keys(g["image_keys"], g["text_keys"], g["image_queue"], g["text_queue"], nothing, nothing)
+    whole = losses.uto(g["images"], g["texts"], keys)
     assert whole.item() == pytest.approx(20 * batch.item() + queue.item(), rel=1e-6)
 
 
@@ -174,7 +177,7 @@ def test_uto_uses_no_false_negative():
 
     queries, keys, queue = random_tokens(2, 6), random_tokens(2, 6, seed=1), random_tokens(5, 6, seed=2)
     false = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]], dtype=torch.bool)
-    masked = losses.uto_queue(queries, keys, queue, mu=5.0, gamma=0.0, false_negatives=false)
+    masked = losses.uto_queue(queries, keys, queue, mu=5.0, gamma=0.0, positives=false)
     by_hand = [losses.uto_queue(queries[i : i + 1], keys[i : i + 1], queue[~false[i]], mu=5.0, gamma=0.0)
                for i in range(2)]
     assert masked.item() == pytest.approx(sum(by_hand).item() / 2, abs=1e-12)
@@ -183,7 +186,7 @@ def test_uto_uses_no_false_negative():
 def test_an_empty_queue_has_no_say():
     queries, keys = random_tokens(2, 6), random_tokens(2, 6, seed=1)
     nothing = torch.ones(2, 3, dtype=torch.bool)
-    loss = losses.uto_queue(queries, keys, torch.zeros(3, 6, dtype=torch.double), false_negatives=nothing)
+    loss = losses.uto_queue(queries, keys, torch.zeros(3, 6, dtype=torch.double), positives=nothing)
     assert loss.item() == pytest.approx(-(queries * keys).sum(1).clamp(min=0).log1p().mean().item(), abs=1e-12)
 
 
@@ -195,15 +198,44 @@ def test_without_its_floor_the_reward_pulls_up_pairs_that_start_below_zero():
         found, = torch.autograd.grad(losses.reward(truth, floor).sum(), truth)
         assert torch.allclose(found, torch.tensor([slope, 1 / 1.3]).double())
     apart = -torch.eye(4, dtype=torch.double, requires_grad=True)  # a batch whose every pair looks away from itself
-    loss = losses.uto_batch(apart, floor=True)
+    loss = losses.uto_batch(apart, reward_floor=True)
     assert abs(loss.item()) < 1e-15 and torch.autograd.grad(loss, apart)[0].abs().max() < 1e-15
-    slope, = torch.autograd.grad(losses.uto_batch(apart, floor=False), apart)
+    slope, = torch.autograd.grad(losses.uto_batch(apart, reward_floor=False), apart)
     assert torch.allclose(slope, -torch.eye(4).double() / 4)
 
 
 def test_uto_gradients():
     image, text = random_tokens(3, 5).requires_grad_(), random_tokens(3, 5, seed=1).requires_grad_()
-    keys, queue = random_tokens(3, 5, seed=2), random_tokens(4, 5, seed=3)
+    key, queue, nothing = random_tokens(3, 5, seed=2), random_tokens(4, 5, seed=3), torch.zeros(3, 4, dtype=torch.bool)
+    keys = losses.Keys(key, key, queue, queue, nothing, nothing)
     for floor in (True, False):
         assert torch.autograd.gradcheck(lambda image, text, floor=floor: losses.uto(
-            image, text, keys, keys, queue, queue, mu=6.0, gamma=0.1, floor=floor), (image, text))
+            image, text, keys, mu=6.0, gamma=0.1, reward_floor=floor), (image, text))
+
+
+# ------------------------------------------------------------------------------------------------ one loss a model
+
+
+def encoded(rows: int, length: int, seed: int) -> tgdt.Encoded:
+    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=torch.Generator().manual_seed(seed))
+    return tgdt.Encoded(random_tokens(rows, 6, seed=seed), random_tokens(rows, length, 6, seed=seed + 1), mask)
+
+
+def test_one_loss_a_model_knows_which_captions_share_an_image():
+    """Three captions, two images: each loss equals its parts on matrices with a row a caption."""
+    images, texts, row = encoded(2, 4, seed=0), encoded(3, 5, seed=7), torch.tensor([1, 0, 1])
+    positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, "mean")[row]
+    coarse = images.globals[row]
+    tgdt_loss = losses.cmc(coarse, texts.globals, local, positives, margin=0.4, local_weight=3.0, negatives="mean")
+    given = {"margin": 0.4, "local_weight": 3.0, "reduction": "mean"}
+    assert losses.tgdt_loss(images, texts, row, **given, negatives="mean") == tgdt_loss
+
+    key, queue, nothing = random_tokens(3, 6, seed=9), random_tokens(4, 6, seed=10), torch.zeros(3, 4, dtype=torch.bool)
+    keys = losses.Keys(key, key, queue, queue, nothing, nothing)
+    user_loss = losses.uto(coarse, texts.globals, keys, positives, mu=8.0)
+    assert losses.user_loss(images, texts, row, keys, mu=8.0) == user_loss
+    alone = losses.user_loss(images, texts, row, batch_weight=3.0)
+    assert alone == 3 * losses.uto_batch(coarse @ texts.globals.T, positives=positives)
+    both = losses.unified_loss(images, texts, row, keys, given, {"mu": 8.0}, uto_weight=0.1, negatives="mean")
+    assert both == pytest.approx((tgdt_loss + 0.1 * 3 * user_loss).item(), rel=1e-12)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import photos
-from files import BadInput
+from sources import photos
+from sources.files import BadInput
 
 RED, GREEN = (200, 30, 30), (30, 160, 60)
 

@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-import recall
 import retrieve
-import twostage
 from retrieve import Embeddings
 
 
@@ -22,9 +20,10 @@ def corpus() -> tuple[Embeddings, Embeddings]:
     regions = torch.arange(6) < torch.randint(1, 7, (12, 1), generator=g)
     words = torch.arange(7) < torch.randint(1, 8, (31, 1), generator=g)
     images = Embeddings("image", unit(12, 16, seed=0), unit(12, 6, 16, seed=1), regions)
-    texts = Embeddings("text", unit(31, 16, seed=2), unit(31, 7, 16, seed=3), words)
-    for part in (texts.globals, texts.tokens, texts.mask):
+    globals_, tokens = unit(31, 16, seed=2), unit(31, 7, 16, seed=3)
+    for part in (globals_, tokens, words):
         part[20] = part[5]
+    texts = Embeddings("text", globals_, tokens, words)
     return images, texts
 
 
@@ -35,63 +34,39 @@ def brute_force(query: int, queries: Embeddings, corpus: Embeddings, k: int, wei
     for c in best:
         pair = {queries.kind: (queries, query), corpus.kind: (corpus, c)}
         (images, i), (texts, t) = pair["image"], pair["text"]
-        dots = texts.tokens[t][texts.mask[t]] @ images.tokens[i][images.mask[i]].T
+        dots = texts.tokens_of(torch.tensor([t])) @ images.tokens_of(torch.tensor([i])).T
         out.append((coarse[c] + weight * float(dots.amax(1).sum()), c))
     return sorted(out, reverse=True)
 
 
-def packed(padded: Embeddings) -> Embeddings:
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), padded.mask.sum(1).cumsum(0)])
-    return Embeddings(padded.kind, padded.globals, padded.tokens[padded.mask], None, offsets)
-
-
-@pytest.mark.parametrize("form", [lambda e: e, packed])
-@pytest.mark.parametrize("memory", [None, 4_000, 1])
-@pytest.mark.parametrize("anchor", [0, 10**6])
+@pytest.mark.parametrize("queries, piece", [(1024, 64), (3, 1), (5, 4)])
 @pytest.mark.parametrize("k", [1, 4, 100])
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_search_equals_brute_force(corpus, direction, k, anchor, memory, form, monkeypatch):
+def test_search_equals_brute_force(corpus, direction, k, queries, piece, monkeypatch):
     """Ragged words and regions, duplicates, a list longer than the corpus; many blocks, the last ones short."""
-    monkeypatch.setattr(twostage, "WIDTH", 5)
-    monkeypatch.setattr(twostage, "CHUNK", 9)
-    monkeypatch.setattr(twostage, "ANCHOR", anchor)
-    queries, found = corpus if direction == "i2t" else corpus[::-1]
-    indices, scores = retrieve.search(form(queries), form(found), shortlist=k, weight=2.0, memory=memory)
-    assert indices.shape == scores.shape == (len(queries), min(k, len(found)))
-    for q in range(len(queries)):
-        want = brute_force(q, queries, found, k, 2.0)
+    monkeypatch.setattr(retrieve, "QUERIES", queries)
+    monkeypatch.setattr(retrieve, "BLOCK", 5 * queries)
+    monkeypatch.setattr(retrieve, "PIECE", piece)
+    asked, found = corpus if direction == "i2t" else corpus[::-1]
+    indices, scores = retrieve.search(asked, found, shortlist=k, weight=2.0)
+    assert indices.shape == scores.shape == (len(asked), min(k, len(found)))
+    for q in range(len(asked)):
+        want = brute_force(q, asked, found, k, 2.0)
         assert np.allclose(scores[q], [score for score, _ in want], atol=1e-4)
         # Captions 5 and 20 are equal: where only one fits on the list, either will do.
         assert sorted({20: 5}.get(c, c) for c in indices[q].tolist()) == sorted({20: 5}.get(c, c) for _, c in want)
 
 
-@pytest.mark.parametrize("form", [lambda e: e, packed])
-def test_pairs_are_scored_alike_image_by_image_and_caption_by_caption(corpus, form, monkeypatch):
+def test_the_local_similarity_of_pairs_is_that_of_the_losses(corpus):
     images, texts = corpus
-    want = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask)
+    want = losses.local_similarity(*images.padded(), *texts.padded())
     g = torch.Generator().manual_seed(0)
     image, caption = torch.randint(0, 12, (80,), generator=g), torch.randint(0, 31, (80,), generator=g)
-    for words, scale in (("sum", 1), ("mean", texts.mask.sum(1))):
+    for reduction, scale in (("sum", 1), ("mean", texts.offsets.diff())):
         for one in (image, torch.full_like(image, 3)):
             for other in (caption, torch.full_like(caption, 8)):
-                ours = twostage.local_of_pairs(form(images), form(texts), one, other, words)
+                ours = retrieve.local_of_pairs(images, texts, one, other, reduction)
                 assert torch.allclose(ours, (want / scale)[one, other], atol=1e-5)
-
-
-def test_a_fused_kernel_is_given_packed_tokens_and_believed(corpus, monkeypatch):
-    """With a stand-in of the library's signature: no GPU is needed to see that the pairs arrive as they should."""
-    images, texts = corpus
-    want = retrieve.search(images, texts, 4, 2.0, "mean")
-
-    def kernel(query, document, query_ends, document_ends, which_query, which_document):
-        query, document = query.split(query_ends.diff().tolist()), document.split(document_ends.diff().tolist())
-        return torch.stack([(query[q] @ document[d].T).amax(1).sum()
-                            for q, d in zip(which_query.tolist(), which_document.tolist(), strict=True)])
-
-    assert twostage.fused_kernel(images, texts) is None  # on a processor there is none
-    monkeypatch.setattr(twostage, "fused_kernel", lambda *sides: kernel)
-    indices, scores = retrieve.search(images, texts, 4, 2.0, "mean")
-    assert torch.allclose(scores, want[1], atol=1e-5) and torch.equal(indices, want[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -110,12 +85,18 @@ def test_tokens_in_half_precision_change_scores_by_their_rounding_only(corpus, d
     assert torch.allclose(retrieve.local_matrix(*half), retrieve.local_matrix(images, texts), atol=allowed)
 
 
-def test_part_of_the_embeddings(corpus):
-    which = torch.tensor([7, 2, 2])
-    for whole in corpus:
-        part, again = whole[which], packed(whole)[which]
-        assert torch.equal(part.tokens[part.mask], again.tokens) and torch.equal(again.globals, whole.globals[which])
-        assert again.offsets.tolist() == [0, *part.mask.sum(1).cumsum(0).tolist()]
+def test_padded_tokens_are_held_packed():
+    g = torch.Generator().manual_seed(4)
+    tokens, mask = unit(5, 3, 8, seed=1), torch.arange(3) < torch.randint(1, 4, (5, 1), generator=g)
+    given = Embeddings("text", unit(5, 8, seed=0), tokens, mask)
+    assert torch.equal(given.tokens, tokens[mask]) and given.offsets.diff().tolist() == mask.sum(1).tolist()
+    again, again_mask = given.padded()
+    assert torch.equal(again_mask, mask[:, : again_mask.shape[1]]) and torch.equal(again[again_mask], tokens[mask])
+    part = given[torch.tensor([4, 2, 2])]
+    assert torch.equal(part.globals, given.globals[[4, 2, 2]])
+    assert torch.equal(part.tokens, torch.cat([tokens[row][mask[row]] for row in (4, 2, 2)]))
+    assert part.offsets.diff().tolist() == [int(mask[row].sum()) for row in (4, 2, 2)]
+    assert torch.equal(given[1:3].tokens, given[torch.tensor([1, 2])].tokens)
 
 
 def test_one_query_no_corpus_no_tokens(corpus):
@@ -133,29 +114,12 @@ def test_one_query_no_corpus_no_tokens(corpus):
         retrieve.search(texts, images, shortlist=0)
 
 
-def test_a_query_for_which_faiss_finds_too_few_is_searched_exactly(corpus):
-    class Short:
-        """Finds the last three images for any query; for the second query one of them only."""
-
-        def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-            indices = np.tile(np.arange(n - 3, n), (len(vectors), 1))
-            indices[1, 1:] = -1
-            return np.zeros(indices.shape, np.float32), indices
-
-    images, texts = corpus
-    n = len(images)
-    exact = twostage.nearest(texts.globals, images.globals, 3)
-    scores, indices = twostage.first_stage(texts.globals, Embeddings("image", images.globals, faiss=Short()), 3, 2**28)
-    assert torch.equal(indices[0], torch.arange(n - 3, n)) and scores[0].eq(0).all()
-    assert torch.equal(indices[1], exact[1][1]) and torch.allclose(scores[1], exact[0][1])
-
-
 def test_the_whole_shortlist_is_the_exhaustive_mixed_similarity(corpus):
     images, texts = corpus
     image_of = torch.arange(31) % 12
     result = retrieve.evaluate(images, texts, image_of, shortlist=(31, 12), weight=0.7)
     assert {k: v for k, v in result["two_stage"].items()} == result["mixed"]
-    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask)
+    local = losses.local_similarity(*images.padded(), *texts.padded())
     assert torch.allclose(retrieve.local_matrix(images, texts), local, atol=1e-6)
 
 
@@ -164,8 +128,8 @@ def test_ranks_by_hand():
     similarity = torch.tensor([[0.1, 0.7, 0.9, 0.2],   # image 0: its best caption is second
                                [0.3, 0.2, 0.4, 0.5]])  # image 1: first
     image_of, rows = torch.tensor([0, 0, 1, 1]), torch.arange(2)
-    assert recall.ranks(similarity, rows, image_of).tolist() == [2, 1]
-    assert recall.ranks(similarity.T, image_of, rows).tolist() == [2, 1, 2, 1]
+    assert retrieve.ranks(similarity, rows, image_of).tolist() == [2, 1]
+    assert retrieve.ranks(similarity.T, image_of, rows).tolist() == [2, 1, 2, 1]
     out = retrieve.recall(similarity, image_of)
     assert out["i2t"] == {"r1": 50.0, "r5": 100.0, "r10": 100.0, "median_rank": 1.5, "mean_rank": 1.5}
     assert out["rsum"] == pytest.approx(500.0)
@@ -196,28 +160,6 @@ def test_a_shortlist_miss_is_a_miss():
     assert result["two_stage"]["i2t"]["r1"] <= 5 and result["two_stage"]["t2i"]["r1"] <= 2
     # A query whose answer is not on the list keeps its rank of stage 1, which lies beyond the list.
     indices = torch.tensor([[3, 1]])
-    ranks = recall.shortlist_ranks(indices, torch.tensor([[0.9, 0.8]]), torch.tensor([7]), torch.arange(10),
+    ranks = retrieve.shortlist_ranks(indices, torch.tensor([[0.9, 0.8]]), torch.tensor([7]), torch.arange(10),
                                      torch.tensor([6]))
     assert ranks.tolist() == [6]
-
-
-def test_five_folds_are_the_mean_of_their_parts():
-    images, texts = Embeddings("image", unit(20, 8, seed=0)), Embeddings("text", unit(40, 8, seed=1))
-    image_of = torch.arange(40) // 2
-    folds = [retrieve.evaluate(images[slice(f, f + 4)], texts[slice(2 * f, 2 * f + 8)], torch.arange(8) // 2)
-             for f in range(0, 20, 4)]
-    mean = retrieve.five_folds(images, texts, image_of)
-    assert mean["global"]["rsum"] == pytest.approx(np.mean([f["global"]["rsum"] for f in folds]))
-    assert mean["global"]["t2i"]["r1"] == pytest.approx(np.mean([f["global"]["t2i"]["r1"] for f in folds]))
-
-
-def test_a_region_lies_on_an_object():
-    objects = torch.tensor([[0.2, 0.2, 0.4, 0.4]])
-    boxes = torch.tensor([
-        [0.2, 0.2, 0.4, 0.4],    # the object itself
-        [0.0, 0.0, 0.6, 0.6],    # large, but its centre is inside
-        [0.3, 0.2, 0.55, 0.4],   # IoU 0.1 / 0.35 < 0.3, centre outside
-        [0.25, 0.1, 0.45, 0.4],  # IoU 0.03 / 0.07 >= 0.3
-        [0.6, 0.6, 0.9, 0.9],    # elsewhere
-    ])
-    assert recall.overlaps(boxes, objects)[:, 0].tolist() == [True, True, False, True, False]

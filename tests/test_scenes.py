@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-import regions
-import scenes
+from sources import drawing, scenes, windows
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +60,8 @@ def test_splits_share_no_scene():
     for a, b in itertools.combinations(seen, 2):
         assert not seen[a] & seen[b]
     for split in made:
-        assert all(scenes.split_of(objects) == split for objects in made[split].objects)
-        assert all(scenes.split_of(objects[::-1]) == split for objects in made[split].objects)
+        assert all(drawing.split_of(objects) == split for objects in made[split].objects)
+        assert all(drawing.split_of(objects[::-1]) == split for objects in made[split].objects)
 
 
 def test_captions_are_true_and_tell_scenes_apart(val):
@@ -162,16 +161,16 @@ def test_captions_of_twins_often_touch_the_difference(val):
 
 
 def test_regions_come_from_pixels_alone(val):
-    boxes = regions.propose(val.pictures[40:60])  # another batch, no truth at hand
+    boxes = windows.propose(val.pictures[40:60])  # another batch, no truth at hand
     assert (boxes == val.boxes[40:60]).all()
-    assert np.allclose(regions.describe(val.pictures[40:60], boxes), val.regions[40:60], atol=1e-6)
+    assert np.allclose(windows.describe(val.pictures[40:60], boxes), val.regions[40:60], atol=1e-6)
     blank = np.full((1, 128, 128, 3), 90, np.uint8)
-    assert regions.describe(blank, regions.propose(blank)).shape == (1, 36, 181)
+    assert windows.describe(blank, windows.propose(blank)).shape == (1, 36, 181)
 
 
 def test_boxes_are_boxes_and_mostly_no_objects(val):
     assert val.boxes.min() >= 0 and val.boxes.max() <= 1 and (val.boxes[..., :2] < val.boxes[..., 2:]).all()
-    overlaps = [regions.overlap(mine, found) for mine, found in zip(val.object_boxes, val.boxes, strict=True)]
+    overlaps = [windows.overlap(mine, found) for mine, found in zip(val.object_boxes, val.boxes, strict=True)]
     best = np.concatenate([o.max(1) for o in overlaps])
     assert (best >= 0.5).mean() > 0.9 and (best >= 0.3).mean() > 0.95
     for k, found in enumerate(val.boxes):
@@ -193,6 +192,6 @@ def test_object_boxes_are_where_the_colour_is():
 @pytest.mark.parametrize("shape, kind", [((2, 64, 64, 3), "u1"), ((2, 128, 128, 3), "f4"), ((0, 128, 128, 3), "u1")])
 def test_other_arrays_are_refused(shape, kind):
     with pytest.raises(ValueError, match="pictures should be uint8"):
-        regions.propose(np.zeros(shape, kind))
+        windows.propose(np.zeros(shape, kind))
     with pytest.raises(ValueError, match="boxes should be"):
-        regions.describe(np.zeros((2, 128, 128, 3), np.uint8), np.zeros((1, 36, 4)))
+        windows.describe(np.zeros((2, 128, 128, 3), np.uint8), np.zeros((1, 36, 4)))

@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
-from files import BadInput
-from store import Store, Stored, digest, facts
+from sources.features import Stored
+from sources.files import BadInput
+from sources.store import Store, digest, facts
 
 ARRAYS = {"regions": ((3, 2), "f4"), "boxes": ((3, 4), "f4"), "count": ((), "i4")}
 
@@ -22,12 +23,10 @@ def picture(number: int, name: str = "", time: int = 0) -> tuple:
 def store(tmp_path) -> Store:
     store = Store(tmp_path / "grid-1", {"network": "a"}, ARRAYS)
     store.add([picture(5), picture(7)], values(5, 7))
-    store.flush()
     return store
 
 
 def again(store: Store) -> Store:
-    store.flush()
     return Store(store.folder, {"network": "a"}, ARRAYS)
 
 
@@ -61,7 +60,6 @@ def test_a_kill_while_writing_leaves_whole_rows(store, cut):
     lines = store.folder / "pictures.jsonl"
     before = lines.read_bytes()
     store.add([picture(9)], values(9))
-    store.flush()
     lines.write_bytes(lines.read_bytes()[: len(before) + cut])
     opened = again(store)
     assert len(opened) == 2 and opened.find(picture(9)[1]) is None
@@ -87,18 +85,18 @@ def test_a_disk_that_is_full_is_told_and_the_rows_before_are_kept(store, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    store.add([picture(9)], values(9))
     with pytest.raises(BadInput, match="regions: cannot be written: No space left"):
-        store.flush()
+        store.add([picture(9)], values(9))
     monkeypatch.undo()
-    store.add([picture(11)], values(11))  # was on its way already: behind the hole it must not count
-    assert len(again(store)) == 2
+    assert len(again(store)) == 2 and store.find(picture(9)[1]) is None
+    store.add([picture(11)], values(11))  # in the place of what was half written
+    assert again(store).read("regions", [0, 1, 2])[:, 0, 0].tolist() == [5, 7, 11]
+    assert (store.folder / "regions").stat().st_size == 3 * 3 * 2 * 4
 
 
 def test_half_precision_and_numbers_that_are_none(tmp_path):
     half = Store(tmp_path / "half", {}, ARRAYS | {"regions": ((3, 2), "f2")})
     half.add([picture(1)], values(1))
-    half.flush()
     assert half.read("regions", [0]).dtype == np.float32 and (half.folder / "regions").stat().st_size == 12
     for number, told in ((1e6, "2.png.*half precision"), (float("nan"), "2.png.*no finite regions")):
         with pytest.raises(BadInput, match=told):

@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +10,18 @@ import torch
 from conftest import save_clip
 from PIL import Image
 
-import files
 import losses
 import retrieve
-import run as runs
 import tgdt
 import train
-import user
-from files import BadInput
+from harness import folder, models, settings, training
+from sources import files
 
 ROOT = Path(__file__).parent.parent
 
 
-def weights(folder: Path, name: str = "checkpoint.pt") -> dict[str, torch.Tensor]:
-    return runs.read_checkpoint(folder / name)["model"]
+def weights(out: Path, name: str = "checkpoint.pt") -> dict[str, torch.Tensor]:
+    return folder.read_checkpoint(out / name)["model"]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -134,7 +130,7 @@ def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkey
     refused([*guided, str(tmp_path / "nowhere")], capsys, "--clip-model", "nowhere")
     refused([*guided, str(save_clip(tmp_path / "clip"))], capsys, "--guide clip", "8 of 8", "image 0")
     refused([*flags, "--model", "user", "--queue", "3"], capsys, "--queue 3", "4")
-    refused([*flags, "--model", "user", "--slots", "36"], capsys, "--slots 36", "3")
+    refused([*flags, "--model", "user", "--fixed-regions", "36"], capsys, "--fixed-regions 36", "3")
 
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
@@ -142,9 +138,9 @@ def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkey
 def test_the_momentum_copy_may_be_what_is_kept(flags, tmp_path, model):
     """It changes what is evaluated and kept, not the training; a line of history tells what the model itself scores."""
     for name in ("model", "momentum"):
-        own = ["--model", model, "--queue", "8", "--weights", name, "--out", str(tmp_path / name)]
+        own = ["--model", model, "--queue", "8", "--keep", name, "--out", str(tmp_path / name)]
         assert train.main([*flags, *own]) == 0
-    a, b = (runs.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("model", "momentum"))
+    a, b = (folder.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("model", "momentum"))
     assert same(a["model"], b["model"])
     encoder = {name.removeprefix("encoder."): value for name, value in b["momentum"].items()
                if name.startswith("encoder.")}
@@ -152,32 +148,31 @@ def test_the_momentum_copy_may_be_what_is_kept(flags, tmp_path, model):
              for name in ("model", "momentum")]
     stage = "global" if model == "user" else "two_stage"
     assert [line["val"][stage]["rsum"] for line in lines[0]] == [line["val_model_rsum"] for line in lines[1]]
-    best = runs.read_checkpoint(tmp_path / "momentum" / "best.pt")
+    best = folder.read_checkpoint(tmp_path / "momentum" / "best.pt")
     if best["epoch"] == 2:
         assert same(best["model"], encoder)
-    assert not same(best["model"], runs.read_checkpoint(tmp_path / "model" / "best.pt")["model"])
+    assert not same(best["model"], folder.read_checkpoint(tmp_path / "model" / "best.pt")["model"])
     assert retrieve.main(["evaluate", str(tmp_path / "momentum")]) == 0
 
 
 def test_without_a_queue_there_is_uto_on_the_batch_alone(bert):
-    settings = runs.make_settings({"dataset": "flickr8k", "model": "user", "text_encoder": str(bert), "text_layers": 1,
-                                   "dim": 8, "guide": "none", "queue": 0})
-    model = runs.build(settings, runs.text_encoder(settings)[0], 6).eval()
+    chosen = settings.make({"dataset": "flickr8k", "model": "user", "text_encoder": str(bert), "text_layers": 1,
+                            "dim": 8, "guide": "none", "queue": 0})
+    model = models.build(chosen, models.text_encoder(chosen)[0], 6).eval()
     g = torch.Generator().manual_seed(0)
     batch = {"regions": torch.randn(3, 2, 6, generator=g), "region_mask": torch.ones(3, 2, dtype=torch.bool),
              "word_ids": torch.randint(5, 9, (3, 4), generator=g), "word_mask": torch.ones(3, 4, dtype=torch.bool),
              "image_row": torch.arange(3), "image_index": torch.arange(3)}
     similarity = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
-    want = settings.batch_weight * losses.uto_batch(similarity, settings.mu, settings.gamma, floor=False)
-    assert torch.allclose(train.objective(model, batch, settings, False, "float32"), want, atol=1e-5)
+    want = chosen.uto.batch_weight * losses.uto_batch(similarity, chosen.uto.mu, chosen.uto.gamma, reward_floor=False)
+    assert torch.allclose(train.batch_loss(model, None, batch, chosen), want, atol=1e-5)
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_words_that_take_no_steps_stay_as_they_were(flags, bert, tmp_path):
     assert train.main([*flags, "--model", "user", "--queue", "8", "--text-lr", "0", "--out", str(tmp_path / "a")]) == 0
     trained = weights(tmp_path / "a")
-    settings = runs.stored_settings(tmp_path / "a")
-    for name, value in runs.text_encoder(settings)[0].state_dict().items():
+    for name, value in models.text_encoder(folder.read_settings(tmp_path / "a"))[0].state_dict().items():
         assert torch.equal(trained[f"bert.{name}"], value), name
 
 
@@ -198,26 +193,26 @@ def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path,
     whole = tmp_path / "whole"
     assert train.main([*flags[:-1], str(whole)]) == 0
 
-    objective, seen = train.objective, []
+    after_step, seen = training.Run.after_step, []
 
-    def interrupted(*arguments):
+    def interrupted(run, *arguments):
         seen.append(1)
         if len(seen) == steps:
             os.kill(os.getpid(), signal.SIGINT)
-        return objective(*arguments)
+        return after_step(run, *arguments)
 
-    monkeypatch.setattr(train, "objective", interrupted)
+    monkeypatch.setattr(training.Run, "after_step", interrupted)
     assert train.main(flags) == 130
     assert len(seen) == steps
     out = tmp_path / "run"
-    state = runs.read_checkpoint(out / "checkpoint.pt")
+    state = folder.read_checkpoint(out / "checkpoint.pt")
     assert state["epoch"] * 4 + state["step"] == steps
-    monkeypatch.setattr(train, "objective", objective)
+    monkeypatch.setattr(training.Run, "after_step", after_step)
     assert retrieve.main(["evaluate", str(out)]) == 0  # usable as it stands
     assert train.main(["--resume", "--out", str(out), "--device", "cpu"]) == 0
     assert same(weights(whole), weights(out)) and same(weights(whole, "best.pt"), weights(out, "best.pt"))
     if model != "tgdt":  # the momentum encoders and the queues as well
-        momentum = [runs.read_checkpoint(f / "checkpoint.pt")["momentum"] for f in (whole, out)]
+        momentum = [folder.read_checkpoint(f / "checkpoint.pt")["momentum"] for f in (whole, out)]
         assert same(*momentum) and momentum[0]["text_queue.owner"].min() >= 0 and int(momentum[0]["steps"]) == 8
     lines = [[json.loads(line) for line in (f / "history.jsonl").read_text().splitlines()] for f in (whole, out)]
     assert [line["val"] for line in lines[0]] == [line["val"] for line in lines[1]]
@@ -237,7 +232,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), train.Interrupt() as interrupt:
+    with pytest.raises(KeyboardInterrupt), training.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.seen
         os.kill(os.getpid(), signal.SIGINT)
@@ -263,9 +258,9 @@ def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     refused([*flags, "--resume", "--seed", "3"], capsys, "--seed 0, not 3")
     refused([*flags, "--resume", "--epochs", "1"], capsys, "--epochs 2, not 1")
     (out / "checkpoint.pt").write_bytes(b"no checkpoint")
-    refused([*flags, "--resume"], capsys, "checkpoint.pt", "not a checkpoint")
+    refused([*flags, "--resume"], capsys, "checkpoint.pt", "a checkpoint of this program")
     torch.save({"other": 1}, out / "checkpoint.pt")
-    refused([*flags, "--resume"], capsys, "checkpoint.pt", "not a checkpoint")
+    refused([*flags, "--resume"], capsys, "checkpoint.pt", "a checkpoint of this program")
     (out / "settings.json").write_text("{")
     refused([*flags, "--resume"], capsys, "settings.json")
 
@@ -320,20 +315,7 @@ def test_workers_read_the_same_batches(flags, tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def test_texts_in_groups_of_like_length_are_encoded_alike(bert):
-    settings = runs.make_settings({"dataset": "flickr8k", "text_encoder": str(bert), "text_layers": 2, "dim": 8,
-                                   "region_width": 8, "feedforward": 16})
-    model = runs.build(settings, runs.text_encoder(settings)[0], 6).eval()
-    ids = torch.randint(5, 20, (7, 12), generator=torch.Generator().manual_seed(0))
-    batch = {"word_ids": ids, "word_mask": torch.arange(12) < torch.tensor([[12], [3], [7], [4], [12], [5], [9]])}
-    with torch.inference_mode():
-        whole, grouped = model.encode_texts(batch), train.encode_by_length(model, batch, 3)
-    assert torch.allclose(whole.globals, grouped.globals, atol=1e-6)
-    assert torch.equal(whole.mask, grouped.mask)
-    assert torch.allclose(whole.tokens[whole.mask], grouped.tokens[grouped.mask], atol=1e-6)
-
-
-def test_the_objective_masks_the_other_captions_of_an_image(bert):
+def test_the_loss_masks_the_other_captions_of_an_image(bert):
     """Two captions of each image, alike: the loss is 0 only if they are no negatives of each other's image."""
 
     class Fixed(torch.nn.Module):
@@ -347,84 +329,23 @@ def test_the_objective_masks_the_other_captions_of_an_image(bert):
             text = self.text[batch["word_ids"][:, 0]]
             return tgdt.Encoded(text, text[:, None], torch.ones(len(text), 1, dtype=torch.bool))
 
-    settings = runs.make_settings({"dataset": "flickr8k"})
+    chosen = settings.make({"dataset": "flickr8k"})
     batch = {"regions": torch.zeros(2, 1, 1), "word_ids": torch.arange(4)[:, None],
              "word_mask": torch.ones(4, 1, dtype=torch.bool), "image_row": torch.tensor([0, 0, 1, 1])}
-    assert train.objective(Fixed(), batch, settings, False, "float32").item() == 0
+    assert train.batch_loss(Fixed(), None, batch, chosen).item() == 0
     batch["image_row"] = torch.tensor([0, 1, 1, 0])  # now captions 1 and 3 belong to the image they do not fit
-    assert train.objective(Fixed(), batch, settings, False, "float32").item() > 1
-
-
-def test_the_dropout_setting_is_the_text_encoder_s_too(bert):
-    settings = runs.make_settings({"dataset": "flickr8k", "text_encoder": str(bert), "text_layers": 1, "dropout": 0.25})
-    rates = {m.p for m in runs.text_encoder(settings)[0].modules() if isinstance(m, torch.nn.Dropout)}
-    assert rates == {0.25}
+    assert train.batch_loss(Fixed(), None, batch, chosen).item() > 1
 
 
 def test_the_learning_rate():
-    settings = runs.make_settings({"dataset": "flickr8k", "epochs": 4, "warmup": 10, "drop_every": 2})
-    rates = [train.rate(step, 25, settings) for step in range(100)]
+    chosen = settings.make({"dataset": "flickr8k", "epochs": 4, "warmup": 10, "drop_every": 2}).training
+    rates = [train.learning_rate(step, 25, chosen) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1 and rates[10] == 1
     assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
-    settings.schedule = "step"
-    assert [train.rate(step, 25, settings) for step in (30, 49, 50, 99)] == pytest.approx([1, 1, 0.1, 0.1])
-    settings.schedule = "constant"
-    assert [train.rate(step, 25, settings) for step in (0, 10, 99)] == pytest.approx([0.1, 1, 1])
-
-
-def test_the_paper_preset_is_the_released_configuration():
-    paper = runs.make_settings({"dataset": "flickr30k", "preset": "paper"})
-    model = runs.build(runs.make_settings({"dataset": "flickr30k", "preset": "paper"}), tiny_bert(), 32)
-    assert (paper.dim, paper.batch_size, paper.lr, paper.clip, paper.warmup) == (1024, 30, 1e-5, 2.0, 1000)
-    assert (paper.optimizer, paper.schedule, paper.drop_every, paper.words) == ("adam", "step", 20, "sum")
-    assert (paper.text_encoder, paper.text_layers, paper.local_weight) == ("bert-base-uncased", 6, 10.0)
-    assert model.region_encoder.geometry[0].weight.shape == (32, 37)
-    assert len(model.region_encoder.encoder.layers) == 4 and len(model.text_branch.global_encoder.layers) == 2
-    assert runs.make_settings({"dataset": "coco", "preset": "paper"}).batch_size == 40
-    assert runs.make_settings({"dataset": "coco", "preset": "paper", "batch_size": 8}).batch_size == 8
-
-
-def test_the_paper_preset_of_user_is_the_released_configuration():
-    paper = runs.make_settings({"dataset": "flickr30k", "preset": "paper", "model": "user"})
-    assert (paper.dim, paper.batch_size, paper.lr, paper.text_lr, paper.clip) == (1024, 128, 5e-4, 0.1, 2.0)
-    assert (paper.optimizer, paper.weight_decay, paper.schedule, paper.epochs) == ("adamw", 1e-4, "step", 20)
-    assert (paper.queue, paper.momentum, paper.mu, paper.gamma, paper.batch_weight) == (2048, 0.999, 90.0, 0.5, 20.0)
-    assert (paper.text_layers, paper.noise, paper.guide, paper.guide_dropout, paper.sharpness) == (12, 0.2, "self", 0.4,
-                                                                                                   1.0)
-    assert [train.rate(100 * epoch, 100, paper) for epoch in (0, 9, 10, 19)] == pytest.approx([1, 1, 0.1, 0.1])
-    coco = runs.make_settings({"dataset": "coco", "preset": "paper", "model": "user"})
-    assert (coco.epochs, coco.drop_every, coco.queue, coco.batch_weight, coco.batch_size) == (25, 15, 4096, 1.0, 128)
-    model = runs.build(paper, tiny_bert(), 32)
-    assert isinstance(model, user.USER) and model.guide.local_norm.num_features == 32
-    assert model.widen.weight.shape == (512, 32) and model.project_words.weight.shape == (1024, 8)
-
-
-def tiny_bert():
-    from transformers import BertConfig, BertModel
-
-    return BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                intermediate_size=8), add_pooling_layer=False)
-
-
-def test_the_scenes_vocabulary_is_closed_and_for_scenes_only():
-    settings = runs.make_settings({})
-    tokenizer = runs.text_encoder(settings)[1]
-    assert tokenizer("a big red circle")["input_ids"][0] == tokenizer.cls_token_id
-    assert tokenizer.unk_token_id not in tokenizer("the leftmost of all is a tiny violet star")["input_ids"]
-    with pytest.raises(BadInput, match="scenes only"):
-        runs.text_encoder(runs.make_settings({"dataset": "flickr8k", "text_encoder": "from-scratch"}))
-
-
-@pytest.mark.parametrize("program", ["train.py", "retrieve.py"])
-def test_help(program):
-    said = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
-    assert "usage" in said.stdout
-
-
-@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch-size", "5"), ("--dim", "6"), ("--heads", "0"),
-                                         ("--noise", "1"), ("--momentum", "-0.1"), ("--mu", "0")])
-def test_impossible_settings_are_refused_by_name(flag, value, tmp_path, capsys):
-    refused([flag, value, "--out", str(tmp_path / "run")], capsys, flag, value)
+    chosen.schedule = "step"
+    assert [train.learning_rate(step, 25, chosen) for step in (30, 49, 50, 99)] == pytest.approx([1, 1, 0.1, 0.1])
+    chosen.schedule = "constant"
+    assert [train.learning_rate(step, 25, chosen) for step in (0, 10, 99)] == pytest.approx([0.1, 1, 1])
 
 
 def test_searching_what_is_not_there_ends_in_one_line(tmp_path, capsys):

@@ -1,6 +1,5 @@
-"""frozen.py: networks of random weights against what torchvision and transformers compute step by step."""
+"""networks.py, weights.py: networks of random weights against torchvision and transformers, step by step."""
 import urllib.error
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,9 @@ from conftest import save_clip
 from PIL import Image
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
-import frozen
-from files import BadInput
+from sources import networks
+from sources.files import BadInput
+from sources.weights import Classifier, load_classifier, load_detector
 
 SMALL = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
@@ -30,19 +30,19 @@ def weights(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def detector(weights) -> frozen.Detector:
-    return frozen.Detector(SMALL, weights[SMALL], 7, 96)
+def detector(weights) -> networks.Detector:
+    return networks.Detector(SMALL, load_detector(SMALL, weights[SMALL]), 7, 96)
 
 
 @pytest.fixture(scope="module")
-def grid(weights) -> frozen.Grid:
-    return frozen.Grid("resnet18", weights["resnet18"], 4, 64)
+def grid(weights) -> networks.Grid:
+    return networks.Grid(load_classifier("resnet18", weights["resnet18"]), 4, 64)
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> list[frozen.Clip]:
+def clips(tmp_path_factory) -> list[networks.Clip]:
     folder = tmp_path_factory.mktemp("clips")
-    return [frozen.Clip(str(save_clip(folder / str(seed), seed))) for seed in range(2)]
+    return [networks.Clip(str(save_clip(folder / str(seed), seed))) for seed in range(2)]
 
 
 def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
@@ -60,8 +60,8 @@ def batch(network, images: list[Image.Image]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("which", ["detector", "grid", "patches", "windows", "guide"])
 def test_a_picture_is_seen_alike_whatever_stands_beside_it(which, detector, grid, clips, request):
-    network = {"detector": detector, "grid": grid, "windows": frozen.SceneWindows(), "guide": clips[0]}.get(which)
-    network = network or frozen.Patches(clips[0].name)
+    network = {"detector": detector, "grid": grid, "windows": networks.SceneWindows(), "guide": clips[0]}.get(which)
+    network = network or networks.Patches(clips[0].name)
     images = pictures(*SIZES)
     whole = network.look(batch(network, images))
     for row, image in enumerate(images):
@@ -76,7 +76,7 @@ def test_a_picture_is_seen_alike_whatever_stands_beside_it(which, detector, grid
 
 @pytest.mark.parametrize("which", ["detector", "grid", "windows"])
 def test_boxes_lie_in_the_picture(which, detector, grid):
-    network = {"detector": detector, "grid": grid, "windows": frozen.SceneWindows()}[which]
+    network = {"detector": detector, "grid": grid, "windows": networks.SceneWindows()}[which]
     seen = network.look(batch(network, pictures(*SIZES)))
     for boxes, count in zip(seen["boxes"], seen["count"], strict=True):
         assert 1 <= count <= len(boxes)
@@ -92,7 +92,7 @@ def test_a_detector_s_features_are_pooled_in_its_boxes(detector):
     assert (height, width) == (77, 96)
     boxes = torch.from_numpy(seen["boxes"][0, :count]) * torch.tensor([width, height, width, height])
     with torch.no_grad():
-        pixels = (prepared["pixels"].float() / 255 - detector.mean) / detector.std
+        pixels = (prepared["pixels"].float() / 255 - detector.normalised.mean) / detector.normalised.std
         pooled = net.roi_heads.box_roi_pool(net.backbone(pixels), [boxes], [(height, width)])
         assert np.allclose(net.roi_heads.box_head(pooled), seen["regions"][0, :count], atol=1e-3)
 
@@ -120,12 +120,12 @@ def test_a_grid_is_the_last_feature_map(grid, weights):
     assert np.allclose(seen["regions"][:, 1], maps[:, :, 0, 1], atol=1e-4)
     assert seen["boxes"][0].tolist() == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
     with pytest.raises(BadInput, match="--boxes 35"):
-        frozen.Grid("resnet18", weights["resnet18"], 35, 64)
+        networks.Grid(load_classifier("resnet18", weights["resnet18"]), 35, 64)
 
 
 def test_patches_and_the_guide_are_those_of_the_whole_clip(clips):
     whole = CLIPModel.from_pretrained(clips[0].name).eval()
-    images, patches = pictures(*SIZES), frozen.Patches(clips[0].name)
+    images, patches = pictures(*SIZES), networks.Patches(clips[0].name)
     with torch.inference_mode():
         inputs = clips[0].processor(images=images, return_tensors="pt")
         want = torch.nn.functional.normalize(whole.get_image_features(**inputs).pooler_output, dim=1)
@@ -137,17 +137,20 @@ def test_patches_and_the_guide_are_those_of_the_whole_clip(clips):
 
 
 def test_what_decides_the_output_decides_the_identity(detector, grid, weights, clips, tmp_path):
-    same = frozen.Grid("resnet18", weights["resnet18"], 4, 64)
+    def resnet(file: str) -> Classifier:
+        return load_classifier("resnet18", file)
+
+    same = networks.Grid(resnet(weights["resnet18"]), 4, 64)
     assert same.identity == grid.identity
     torch.manual_seed(1)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
-    others = [frozen.Grid("resnet18", str(tmp_path / "other.pth"), 4, 64),
-              frozen.Grid("resnet18", weights["resnet18"], 9, 64), frozen.Grid("resnet18", weights["resnet18"], 4, 32),
-              detector, frozen.Patches(clips[0].name), frozen.Patches(clips[1].name), *clips]
+    others = [networks.Grid(resnet(str(tmp_path / "other.pth")), 4, 64),
+              networks.Grid(resnet(weights["resnet18"]), 9, 64), networks.Grid(resnet(weights["resnet18"]), 4, 32),
+              detector, networks.Patches(clips[0].name), networks.Patches(clips[1].name), *clips]
     identities = [network.identity for network in (same, *others)]
     assert all(one != other for i, one in enumerate(identities) for other in identities[:i])
     moved = save_clip(tmp_path / "moved")  # the same weights in another folder are the same CLIP
-    assert frozen.Clip(str(moved)).identity == clips[0].identity
+    assert networks.Clip(str(moved)).identity == clips[0].identity
 
 
 def test_weights_that_are_not_to_be_had_are_told_at_length(tmp_path, monkeypatch):
@@ -157,10 +160,10 @@ def test_weights_that_are_not_to_be_had_are_told_at_length(tmp_path, monkeypatch
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
-    for make, file in ((partial(frozen.Detector, "fasterrcnn_resnet50_fpn_v2"), "fasterrcnn_resnet50_fpn_v2_coco"),
-                       (partial(frozen.Grid, "resnet50"), "resnet50-")):
+    for load, name, file in ((load_detector, "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2_coco"),
+                             (load_classifier, "resnet50", "resnet50-")):
         with pytest.raises(BadInput) as error:
-            make("", 36, 64)
+            load(name, "")
         for part in (str(tmp_path / "checkpoints" / file), "https://download.pytorch.org/models/", "--region-weights"):
             assert part in str(error.value)
         assert "\n" not in str(error.value)
@@ -169,31 +172,40 @@ def test_weights_that_are_not_to_be_had_are_told_at_length(tmp_path, monkeypatch
 def test_networks_and_weights_that_do_not_fit_are_refused(weights, tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     torch.save([1], tmp_path / "list.pth")
-    for make, told in (
-        (partial(frozen.Detector, "resnet18", weights["resnet18"]), "--region-network resnet18: expected a detection"),
-        (partial(frozen.Detector, "retinanet_resnet50_fpn", weights["resnet18"]), "two-stage"),
-        (partial(frozen.Detector, "fasterrcnn_resnet50_fpn", weights[SMALL]), "not the weights of fasterrcnn_resnet50"),
-        (partial(frozen.Grid, "resnet50", weights["resnet18"]), "not the weights of resnet50"),
-        (partial(frozen.Grid, "nonet", ""), "--region-network nonet"),
-        (partial(frozen.Grid, "densenet121", weights["resnet18"]), "avgpool"),
-        (partial(frozen.Grid, "resnet18", "COCO_V9"), "--region-weights COCO_V9: neither a file nor one of IMAGENET1K"),
-        (partial(frozen.Grid, "resnet18", str(tmp_path / "text.pth")), "text.pth: expected a state dict"),
-        (partial(frozen.Grid, "resnet18", str(tmp_path / "list.pth")), "list.pth: expected a state dict"),
+    for load, name, file, told in (
+        (load_detector, "resnet18", weights["resnet18"], "--region-network resnet18: expected a detection"),
+        (load_detector, "retinanet_resnet50_fpn", weights["resnet18"], "two-stage"),
+        (load_detector, "fasterrcnn_resnet50_fpn", weights[SMALL], "not the weights of fasterrcnn_resnet50"),
+        (load_classifier, "resnet50", weights["resnet18"], "not the weights of resnet50"),
+        (load_classifier, "nonet", "", "--region-network nonet"),
+        (load_classifier, "densenet121", weights["resnet18"], "avgpool"),
+        (load_classifier, "resnet18", "COCO_V9", "--region-weights COCO_V9: neither a file nor one of IMAGENET1K"),
+        (load_classifier, "resnet18", str(tmp_path / "text.pth"), "text.pth: expected a state dict"),
+        (load_classifier, "resnet18", str(tmp_path / "list.pth"), "list.pth: expected a state dict"),
     ):
         with pytest.raises(BadInput) as error:
-            make(4, 64)
+            load(name, file)
         assert told in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_classifier_of_other_classes_may_be_used(tmp_path):
     torch.save(torchvision.models.mobilenet_v3_small(num_classes=7).state_dict(), tmp_path / "own.pth")
-    assert frozen.Grid("mobilenet_v3_small", str(tmp_path / "own.pth"), 4, 64).dim == 576
+    assert networks.Grid(load_classifier("mobilenet_v3_small", str(tmp_path / "own.pth")), 4, 64).dim == 576
+
+
+def test_a_network_of_your_own_gives_a_grid():
+    own = Classifier("mine", torch.nn.AvgPool2d(4), lambda net, pixels: net(pixels), (0, 0, 0), (1, 1, 1))
+    network = networks.Grid(own, 4, 16)
+    prepared = batch(network, pictures((16, 16)))
+    quarter = prepared["pixels"][0, :, :8, 8:].float().mean((1, 2)) / 255
+    assert network.dim == 3 and np.allclose(network.look(prepared)["regions"][0, 1], quarter, atol=1e-5)
+    assert network.identity["network"] == "mine"
 
 
 def test_a_folder_without_a_processor_prepares_pictures_as_clip_does(clips, tmp_path):
     folder = save_clip(tmp_path / "clip")
     (folder / "preprocessor_config.json").unlink()
-    bare, images = frozen.Clip(str(folder)), pictures((30, 20))
+    bare, images = networks.Clip(str(folder)), pictures((30, 20))
     assert np.allclose(bare.look(batch(bare, images))["clip"], clips[0].look(batch(clips[0], images))["clip"],
                        atol=1e-6)
 
@@ -201,10 +213,10 @@ def test_a_folder_without_a_processor_prepares_pictures_as_clip_does(clips, tmp_
 def test_no_clip_ends_in_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BadInput, match="--clip-model") as error:
-        frozen.Clip(str(tmp_path / "nowhere"))
+        networks.Clip(str(tmp_path / "nowhere"))
     assert "\n" not in str(error.value)
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     CLIPTextModel(CLIPTextConfig(**small)).save_pretrained(tmp_path / "text")
     with pytest.raises(BadInput, match="vis|cannot load"):  # never random numbers for weights that are not there
-        frozen.Clip(str(tmp_path / "text"))
+        networks.Clip(str(tmp_path / "text"))
     assert Path(tmp_path / "text").is_dir()

@@ -1,0 +1,110 @@
+"""The command line of `train.py`: one flag a setting, in the groups of `harness/settings.py`.
+
+Nothing here imports torch, so that --help comes at once.
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from harness import __version__, settings
+from sources.files import BadInput
+
+ABOUT = """\
+Train a model, evaluate it, and leave everything in a run folder.
+
+  python train.py                       the built-in scenes, in three minutes
+  python train.py --dataset flickr30k --data-root DIR
+  python train.py --dataset folder --data-root DIR
+                                        your own pictures and captions
+  python train.py --model user          USER; tgdt-user is both papers in one
+
+Ctrl-C saves the run and stops it; --resume goes on with it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations, fits 80 columns, and reports a mistake in two lines at most."""
+
+    def __init__(self, **options: object):
+        narrow = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=79)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": narrow} | options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, suggest the flag that is nearest to an unknown one, and exit with code 2."""
+        words, hint = message.split(), f"{self.prog} --help lists all flags"
+        for unknown in words[2:] if words[0] == "unrecognized" else []:
+            if near := difflib.get_close_matches(unknown.split("=")[0].strip("-"), all_names(self), 1):
+                hint = f"did you mean --{near[0]}? {self.prog} --help lists all flags"
+                break
+        self.exit(2, f"error: {' '.join(words)}\n{hint}\n")
+
+
+def all_names(parser: argparse.ArgumentParser) -> list[str]:
+    """The names of all flags of a parser and of its commands, without the dashes."""
+    names = []
+    for action in parser._actions:
+        names += [flag.strip("-") for flag in action.option_strings]
+        if isinstance(action, argparse._SubParsersAction):
+            names += [name for command in action.choices.values() for name in all_names(command)]
+    return names
+
+
+def workers(text: str) -> int:
+    """The value of --workers."""
+    if not text.isdecimal() or int(text) > 256:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 256")
+    return int(text)
+
+
+def parser(shown: settings.Settings) -> Parser:
+    """The parser; --help shows the values of `shown` as the defaults."""
+    out = Parser(prog="train.py", usage="python train.py [flags]", description=ABOUT, add_help=False)
+    values = settings.flat(shown)
+    for group, kind in settings.GROUPS.items():
+        titled = out.add_argument_group(kind.__doc__)
+        for name, known in settings.FIELDS.items():
+            if known.group != group:
+                continue
+            note = known.help if values[name] in (None, "") else f"{known.help} (default {values[name]})"
+            if known.type is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif known.choices:
+                how = {"choices": known.choices}
+            else:
+                how = {"type": known.type, "metavar": {int: "N", float: "X", str: "TEXT"}[known.type]}
+            titled.add_argument(settings.flag(name), help=note, default=None, **how)
+    other = out.add_argument_group("Everything else")
+    other.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
+    other.add_argument("--workers", type=workers, metavar="N", default=0,
+                       help="processes that read features (default 0) or decode pictures (default: one a core)")
+    other.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
+    other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
+    other.add_argument("--print-settings", action="store_true", help="print what the flags amount to, and exit")
+    other.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
+    other.add_argument("--help", "-h", action="help", help="print this, and exit")
+    return out
+
+
+def parse(argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
+    """The command line -> the settings that it gives (name -> value, None if not given), and the other flags.
+
+    The others are device, workers, out, resume and print_settings. Paths become absolute, so that the run can be used
+    from another folder. Exits with code 2 for a mistake in a flag. The values are checked later, by `settings.make`.
+    """
+    first = Parser(prog="train.py", add_help=False)  # it finds out which defaults --help shows
+    for name in ("dataset", "model", "preset"):
+        first.add_argument(f"--{name}")
+    try:
+        shown = settings.make(vars(first.parse_known_args(argv)[0]))
+    except BadInput:
+        shown = settings.make({})  # the whole parser will refuse the value
+    options = parser(shown).parse_args(argv)
+    given = {name: vars(options).pop(name) for name in settings.FIELDS}
+    for name in ("data_root", "cache", "text_encoder", "clip_model", "region_weights"):
+        if given[name] and (name in ("data_root", "cache") or os.path.exists(given[name])):
+            given[name] = os.path.abspath(given[name])
+    return given, options

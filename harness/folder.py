@@ -1,0 +1,95 @@
+"""The run folder: what is read back from it, and checked.
+
+A run folder is complete in itself. It holds the settings, the shape and the tokenizer of the text encoder, and the
+weights, so that it can be moved to another machine and searched there.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+from harness import models
+from harness import settings as settings_
+from harness.settings import Settings
+from sources.files import BadInput, read_weights
+
+CHECKPOINT = {"settings", "feature_dim", "seen", "bert", "model", "epoch"}  # what every checkpoint of ours holds
+
+
+class Opened(NamedTuple):
+    """A trained run, ready to encode."""
+
+    settings: Settings
+    checkpoint: dict
+    model: nn.Module  # in eval mode
+    tokenizer: BertTokenizer
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """best.pt, or checkpoint.pt if no epoch has ended yet."""
+    return folder / "best.pt" if (folder / "best.pt").is_file() else folder / "checkpoint.pt"
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint that this program wrote. Raises BadInput if it is anything else; runs no code from the file."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint")
+    checkpoint = read_weights(path, "a checkpoint of this program")
+    if not isinstance(checkpoint, dict) or not CHECKPOINT <= checkpoint.keys():
+        raise BadInput(f"{path}: not a checkpoint of this program, which has {', '.join(sorted(CHECKPOINT))}")
+    return checkpoint
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of the run in `folder`. Raises BadInput if there is no run."""
+    if not (folder / "settings.json").is_file():
+        raise BadInput(f"{folder}: no run here (no settings.json)")
+    return settings_.read(folder / "settings.json")
+
+
+def resumed_settings(folder: Path, given: dict) -> Settings:
+    """The settings to go on with: those of the run in `folder`.
+
+    given: what the command line says, by field name. Raises BadInput if it disagrees, but for a larger `epochs`.
+    """
+    values = settings_.flat(read_settings(folder))
+    for name, value in given.items():
+        before = values[name]
+        if value is None or value == before:
+            continue
+        if name != "epochs" or value < before:
+            raise BadInput(f"{folder} holds a run with {settings_.flag(name)} {before}, not {value}: resume it with "
+                           "its own settings (more --epochs are allowed), or give another --out")
+        values[name] = value
+    return settings_.from_flat(values)
+
+
+def open_run(folder: Path) -> Opened:
+    """The trained model of a run folder: the best checkpoint, or the last one if no epoch has ended yet.
+
+    Raises BadInput if a part of the folder is missing, damaged, or does not fit the others.
+    """
+    settings, path = read_settings(folder), best_checkpoint(folder)
+    checkpoint = read_checkpoint(path)
+    bert = BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False)
+    clip_dim = (checkpoint["seen"]["clip"] or {}).get("dim", 0)
+    model = models.build(settings, bert, checkpoint["feature_dim"], clip_dim)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise BadInput(f"{path}: its weights do not fit {folder / 'settings.json'}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / 'tokenizer'}: the tokenizer cannot be read") from error
+    return Opened(settings, checkpoint, model.eval(), tokenizer)
+
+
+def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
+    """Raises BadInput if the data's features are not as wide as those that the run was trained on."""
+    if feature_dim != checkpoint["feature_dim"]:
+        raise BadInput(f"{folder} was trained on region features of {checkpoint['feature_dim']} numbers, the data has "
+                       f"{feature_dim}")

@@ -1,0 +1,78 @@
+"""From settings to the things they describe: the text encoder, the model, the device."""
+from __future__ import annotations
+
+import torch
+import transformers
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+import tgdt
+import user
+from harness.settings import Settings
+from sources import scenes
+from sources.files import BadInput
+
+
+def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
+    """BERT, cut to the layers wanted, and its tokenizer.
+
+    "from-scratch" is a small BERT of random weights over the words of the scenes. Any other name is a local folder or a
+    model of huggingface.co. Raises BadInput if there is none, or if it has too few layers. Never runs code that comes
+    with a model.
+    """
+    name, dropout = settings.text.text_encoder, settings.architecture.dropout
+    if name == "from-scratch":
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *scenes.VOCABULARY]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+        config = BertConfig(
+            vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=settings.text.text_layers,
+            num_attention_heads=4, intermediate_size=256, max_position_embeddings=settings.text.longest,
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        )
+        return BertModel(config, add_pooling_layer=False), tokenizer
+    transformers.logging.set_verbosity_error()  # otherwise it reports at length on the pooler, which is not used
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        bert = BertModel.from_pretrained(
+            name, add_pooling_layer=False, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers raises many kinds for a folder that is missing or damaged
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"cannot load the text encoder {name!r}: it is no folder with config.json, weights and tokenizer, and no "
+            f"model of huggingface.co within reach. Download huggingface.co/{name} elsewhere and give its folder to "
+            f"--text-encoder. ({first})"
+        ) from error
+    try:
+        return tgdt.first_layers(bert, settings.text.text_layers), tokenizer
+    except ValueError as error:
+        raise BadInput(f"--text-layers: {error}") from error
+
+
+def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int = 0) -> tgdt.TGDT | user.USER:
+    """The model of the settings, for region features of `feature_dim` numbers and CLIP embeddings of `clip_dim`."""
+    enhancement, shape = settings.enhancement, settings.architecture
+    guide = None
+    if enhancement.guide == "self":
+        guide = user.SelfGuidedEnhancement(
+            feature_dim, enhancement.guide_dropout, enhancement.sharpness, enhancement.fixed_regions)
+    elif enhancement.guide == "clip":
+        guide = user.CLIPGuidedEnhancement(clip_dim, feature_dim, enhancement.sharpness)
+    if settings.run.model == "user":
+        return user.USER(bert, feature_dim, shape.dim, guide)
+    return tgdt.TGDT(
+        bert, feature_dim, shape.dim, shape.region_width or None, shape.region_layers, shape.local_layers,
+        shape.global_layers, shape.heads, shape.feedforward, shape.dropout, guide=guide,
+    )
+
+
+def resolve(device: str, precision: str) -> tuple[torch.device, str]:
+    """What "auto" means on this machine: its first GPU and bfloat16, else the CPU and float32.
+
+    Raises BadInput for "cuda" where there is no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: PyTorch finds no GPU on this machine; use --device cpu")
+    found = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return found, ("bfloat16" if found.type == "cuda" else "float32") if precision == "auto" else precision

@@ -1,0 +1,143 @@
+"""From pictures to features, for the splits and settings of a run.
+
+Both papers take their region features from files. `prepare` computes them from pictures for splits that have none, and
+with --guide clip it also gives all splits their CLIP embeddings. The work itself is done in `sources/extract.py`.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from harness.settings import Settings
+from sources import files, networks, photos
+from sources.extract import Cache, check_same, fill
+from sources.features import InMemory, Stored
+from sources.files import BadInput
+
+
+def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, device: torch.device | str = "cpu",
+            workers: int = 0, wanted: dict | None = None) -> dict:
+    """Give splits without features theirs and, with --guide clip, all splits their CLIP embeddings `clip` [N, E].
+
+    folder: for the cache, if the settings name none and the data's folder cannot be written. workers: processes that
+    decode pictures (0: one for each core, at most 8). wanted: what this function returned when the model was trained.
+    With it a network is loaded only if a picture is missing from the cache, and another network is refused.
+
+    Returns {"regions": identity, "clip": identity or None}, which tell what the features were computed by. Raises
+    BadInput if a network cannot be loaded, and if pictures cannot be used (--skip-bad leaves these out).
+    """
+    wanted, cache = wanted or {}, cache_folder(settings, folder)
+    root = Path(settings.run.data_root or folder)
+    from_pictures = any(split.features is None for split in splits.values())
+    makers = makers_of_networks(settings, device)
+    caches = {}
+    if from_pictures:
+        caches["regions"] = Cache(makers["regions"], cache, wanted.get("regions"), settings.pictures.feature_dtype)
+    if settings.enhancement.guide == "clip":
+        caches["clip"] = Cache(makers["clip"], cache, wanted.get("clip"))
+    scenes = settings.run.dataset == "scenes"
+    found = {"regions": networks.SceneWindows.identity if scenes else {"kind": "files"}, "clip": None}
+    found |= {name: each.identity for name, each in caches.items()}
+    if not caches:
+        return found
+
+    bad = {name: {row: f"{split.image_names[row]}: no such picture in {root} or its usual subfolders"
+                  for row, picture in enumerate(split.pictures) if picture is None} for name, split in splits.items()}
+    if not from_pictures:
+        check_guided(splits, bad)
+    images = [(name, row) for name, split in splits.items() for row in range(len(split.pictures))
+              if row not in bad[name]]
+    rows, errors = fill([splits[name].pictures[row] for name, row in images], root, caches, workers)
+    for place, message in errors.items():
+        name, row = images[place]
+        bad[name][row] = message
+    leave_out(splits, bad, settings.pictures.skip_bad and from_pictures, cache)
+    for name, split in splits.items():
+        good = [place for place, (of, row) in enumerate(images) if of == name and row not in bad[name]]
+        if "regions" in caches:
+            split.features = Stored(caches["regions"].store, rows["regions"][good])
+        if "clip" in caches:
+            split.clip = caches["clip"].store.read("clip", rows["clip"][good])
+    return found
+
+
+def one(picture: Path | np.ndarray, settings: Settings, device: torch.device | str, wanted: dict) -> data.Split:
+    """A split of one picture without captions. Nothing is read from the cache or written to it."""
+    split = data.Split("query", [], np.zeros(0, np.int64), None, [str(picture)], [picture])
+    image = photos.read(picture)
+    for name, make in makers_of_networks(settings, device).items():
+        network = make()
+        check_same(wanted[name], network.identity)
+        seen = network.look({key: value[None] for key, value in network.prepare(image).items()})
+        if name == "clip":
+            split.clip = seen["clip"]
+        else:
+            count = int(seen["count"][0])
+            split.features = InMemory(str(picture), seen["regions"][:, :count], seen["boxes"][:, :count])
+    return split
+
+
+def kind(settings: Settings, splits: dict[str, data.Split]) -> str:
+    """What --regions auto means for these splits: "files", or "detector" if a split has no features."""
+    if settings.pictures.regions != "auto" or settings.run.dataset == "scenes":
+        return settings.pictures.regions
+    return "detector" if any(split.features is None for split in splits.values()) else "files"
+
+
+def makers_of_networks(settings: Settings, device: torch.device | str) -> dict[str, Callable]:
+    """Functions that load the networks: "regions", and "clip" with --guide clip."""
+    makers = {"regions": partial(regions_network, settings, device)}
+    if settings.enhancement.guide == "clip":
+        makers["clip"] = partial(networks.Clip, settings.enhancement.clip_model, device)
+    return makers
+
+
+def regions_network(settings: Settings, device: torch.device | str):
+    of = settings.pictures
+    scenes = settings.run.dataset == "scenes" and of.regions == "auto"
+    return networks.regions_network("scenes" if scenes else of.regions, of.region_network, of.region_weights, of.boxes,
+                                    of.picture_side, settings.enhancement.clip_model, device)
+
+
+def cache_folder(settings: Settings, folder: Path) -> Path:
+    """Where the stores lie: --cache, else `cache` in the data's folder if it can be written, else in `folder`."""
+    if settings.pictures.cache:
+        return Path(settings.pictures.cache)
+    root = settings.run.data_root
+    return (Path(root) if root and os.access(root, os.W_OK) else folder) / "cache"
+
+
+def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], skip: bool, cache: Path) -> None:
+    """Report the pictures that cannot be used. With `skip`, go on without them and their captions."""
+    messages = [message for of_split in bad.values() for _, message in sorted(of_split.items())]
+    if not messages:
+        return
+    path, total = cache / "bad_pictures.txt", sum(len(split.pictures) for split in splits.values())
+    files.write_whole(path, lambda file: file.write("".join(f"{message}\n" for message in messages).encode()))
+    report = f"{len(messages)} of {total} pictures cannot be used"
+    if not skip:
+        raise BadInput(f"{report}, the first is {messages[0]}. All are listed in {path}. Repair them, remove them from "
+                       "the captions' file, or leave them out by --skip-bad. What was computed of the others is kept")
+    print(f"{report} and are left out, listed in {path}")
+    for name, split in splits.items():
+        good = np.array([row not in bad[name] for row in range(len(split.pictures))])
+        if not good.any():
+            raise BadInput(f"no picture of split {name} can be used, see {path}")
+        split.keep(good)
+
+
+def check_guided(splits: dict[str, data.Split], missing: dict[str, dict[int, str]]) -> None:
+    """Raises BadInput if the features come from files and pictures are missing, which --guide clip needs."""
+    for name, of_split in missing.items():
+        if of_split:
+            row = min(of_split)
+            raise BadInput(
+                f"--guide clip needs the pictures, but {len(of_split)} of {len(splits[name].pictures)} of split {name} "
+                f"have none, the first is image {row} ({splits[name].image_names[row]}). Put the pictures, and the "
+                f"dataset_*.json that names them, into --data-root, or use --guide self")

@@ -1,0 +1,298 @@
+"""The settings: one small dataclass a group, one line a setting; then the presets and the checks.
+
+    name: Annotated[type, help, (lowest, highest)] = default
+
+The type is a plain one, or Literal with all choices. Every number has a range, which includes both ends. No two groups
+share a name, and `train.py` has a flag for each. The defaults are the released configuration of TGDT on Flickr30K, and
+of USER for what only USER has. `PRESETS` says what each preset changes.
+"""
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from sources.files import BadInput, read_json, write_json
+
+
+@dataclass
+class Run:
+    """The run"""
+
+    dataset: Annotated[Literal["scenes", "flickr8k", "flickr30k", "coco", "folder"], "what to train on"] = "scenes"
+    data_root: Annotated[str | None, "folder of the dataset's files (scenes need none)"] = None
+    model: Annotated[Literal["tgdt", "user", "tgdt-user"], "which model; tgdt-user is both papers in one"] = "tgdt"
+    preset: Annotated[Literal["small", "paper"], "small is for a laptop, paper has the released values"] = "small"
+    seed: Annotated[int, "seed of weights, dropout, batch order and caption noise", (0, 2**32 - 1)] = 0
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto is bfloat16 on a GPU, else float32"] = "auto"
+
+
+@dataclass
+class Pictures:
+    """Pictures and regions"""
+
+    regions: Annotated[Literal["auto", "files", "detector", "grid", "clip"], "where regions come from: feature files, "
+                       "a detector, a classifier's grid, CLIP's patches; auto: files if any, else detector"] = "auto"
+    region_network: Annotated[str, "torchvision's network for them (none given: fasterrcnn_resnet50_fpn_v2 for the "
+                              "detector, resnet50 for the grid; clip uses --clip-model)"] = ""
+    region_weights: Annotated[str, "its weights: a file, or a name such as COCO_V1 (none given: the best known)"] = ""
+    boxes: Annotated[int, "regions a picture, of a detector or a grid", (1, 500)] = 36
+    picture_side: Annotated[int, "side of the network's input in pixels; 0: 800 detector, 384 grid", (0, 2048)] = 0
+    feature_dtype: Annotated[Literal["float32", "float16"], "how computed features are stored"] = "float32"
+    skip_bad: Annotated[bool, "leave out pictures that cannot be read, and say how many they are"] = False
+    cache: Annotated[str | None, "folder of what was computed from pictures (none given: DATA_ROOT/cache)"] = None
+    split_seed: Annotated[int, "seed of the splits of --dataset folder, if its table names none", (0, 2**32 - 1)] = 0
+
+
+@dataclass
+class Text:
+    """Captions"""
+
+    text_encoder: Annotated[str, "BERT: a hub name, a local folder, or from-scratch (scenes)"] = "bert-base-uncased"
+    text_layers: Annotated[int, "how many of its layers are used, from the input on", (1, 100)] = 6
+    longest: Annotated[int, "word pieces a caption is cut to, with [CLS] and [SEP]", (3, 512)] = 64
+    noise: Annotated[float, "share of a caption's words hidden, changed or left out in training", (0, 0.99)] = 0.0
+
+
+@dataclass
+class Architecture:
+    """Architecture (USER has only dim, and dropout in its BERT)"""
+
+    dim: Annotated[int, "D, size of the joint embedding", (2, 8192)] = 1024
+    region_width: Annotated[int, "width of the region encoder; 0 is the features' own (paper)", (0, 8192)] = 0
+    region_layers: Annotated[int, "layers of the region encoder", (1, 24)] = 4
+    local_layers: Annotated[int, "layers of each local encoder", (1, 24)] = 2
+    global_layers: Annotated[int, "layers of each global encoder", (1, 24)] = 2
+    heads: Annotated[int, "attention heads of each encoder", (1, 64)] = 4
+    feedforward: Annotated[int, "feed-forward width of each encoder", (1, 32768)] = 2048
+    dropout: Annotated[float, "dropout in each encoder", (0, 0.99)] = 0.1
+
+
+@dataclass
+class Enhancement:
+    """Semantic enhancement (user, tgdt-user)"""
+
+    guide: Annotated[Literal["none", "self", "clip"], "what enhances the regions: self is SGE, clip is CGE"] = "none"
+    clip_model: Annotated[str, "CLIP of --guide clip: a hub name or a folder"] = "openai/clip-vit-base-patch32"
+    guide_dropout: Annotated[float, "dropout in SGE", (0, 0.99)] = 0.4
+    sharpness: Annotated[float, "lambda of the guide's attention over the regions", (0, 1000)] = 1.0
+    fixed_regions: Annotated[int, "regions a picture, with SGE statistics for each (released); 0 is off", (0, 500)] = 0
+
+
+@dataclass
+class CMC:
+    """CMC loss (tgdt, tgdt-user)"""
+
+    margin: Annotated[float, "margin of the inter-modal hinge", (0, 10)] = 0.2
+    intra_margin: Annotated[float, "margin of the intra-modal consistency", (0, 10)] = 0.3
+    local_weight: Annotated[float, "weight of the local similarity, in the loss and in re-ranking", (0, 1000)] = 10.0
+    reduction: Annotated[Literal["sum", "mean"], "how a caption's words are pooled; sum is the paper's"] = "sum"
+
+
+@dataclass
+class UTO:
+    """UTO loss (user, tgdt-user)"""
+
+    mu: Annotated[float, "sharpness of the soft maximum over the negatives", (0.01, 10_000)] = 90.0
+    gamma: Annotated[float, "similarity above which a negative counts", (-1, 1)] = 0.5
+    batch_weight: Annotated[float, "weight of UTO on the batch beside UTO on the queues", (0, 1000)] = 20.0
+    reward_floor: Annotated[bool, "no gradient for true pairs whose similarity is below zero, as released"] = True
+
+
+@dataclass
+class Momentum:
+    """Momentum contrast (user, tgdt-user)"""
+
+    queue: Annotated[int, "keys in each queue; 0 is UTO on the batch alone, without a queue", (0, 262_144)] = 2048
+    momentum: Annotated[float, "share of itself that the momentum encoder keeps in a step", (0, 0.999999)] = 0.999
+    keep: Annotated[Literal["model", "momentum"], "what is evaluated and kept as best.pt: the model, or its momentum "
+                    "copy, an average of its last states (any model can have one)"] = "model"
+
+
+@dataclass
+class Training:
+    """Training"""
+
+    epochs: Annotated[int, "passes over the training captions", (1, 10_000)] = 60
+    batch_size: Annotated[int, "captions a batch", (2, 16_384)] = 30
+    captions_per_image: Annotated[int, "captions of an image that share a batch", (1, 1000)] = 1
+    easy_epochs: Annotated[int, "first epochs, in which CMC takes the mean negative, not the hardest", (0, 10_000)] = 0
+    uto_weight: Annotated[float, "weight of UTO beside CMC (tgdt-user)", (0, 1000)] = 0.03
+    lr: Annotated[float, "peak learning rate", (1e-9, 10)] = 1e-5
+    text_lr: Annotated[float, "learning rate of BERT, as a multiple of --lr; 0 freezes BERT", (0, 100)] = 1.0
+    weight_decay: Annotated[float, "weight decay of AdamW; 0 makes it Adam", (0, 1)] = 0.0
+    warmup: Annotated[int, "steps of linear warm-up", (0, 1_000_000)] = 1000
+    schedule: Annotated[Literal["linear", "step", "constant"], "rate after the warm-up; linear falls to 0"] = "step"
+    drop_every: Annotated[int, "epochs between two drops of --schedule step, each to a tenth", (1, 10_000)] = 20
+    max_norm: Annotated[float, "largest norm of the gradient; longer ones are scaled to it", (1e-6, 1e6)] = 2.0
+
+
+@dataclass
+class Search:
+    """Two-stage search"""
+
+    captions_shortlist: Annotated[int, "captions on an image's shortlist", (1, 1_000_000)] = 50
+    images_shortlist: Annotated[int, "images on a caption's shortlist", (1, 1_000_000)] = 100
+
+
+@dataclass
+class Settings:
+    """Everything that decides a run's outcome. `make` gives the settings of a preset."""
+
+    run: Run = field(default_factory=Run)
+    pictures: Pictures = field(default_factory=Pictures)
+    text: Text = field(default_factory=Text)
+    architecture: Architecture = field(default_factory=Architecture)
+    enhancement: Enhancement = field(default_factory=Enhancement)
+    cmc: CMC = field(default_factory=CMC)
+    uto: UTO = field(default_factory=UTO)
+    momentum: Momentum = field(default_factory=Momentum)
+    training: Training = field(default_factory=Training)
+    search: Search = field(default_factory=Search)
+
+
+# ----------------------------------------------------------------------------------------------------- presets
+
+PAPER_USER = dict(
+    text_layers=12, noise=0.2, guide="self",
+    epochs=20, batch_size=128, lr=5e-4, text_lr=0.1, weight_decay=1e-4, warmup=0, drop_every=10)
+PAPER_COCO = dict(batch_size=40)
+PAPER_COCO_USER = dict(epochs=25, drop_every=15, queue=4096, batch_weight=1.0)
+PAPER_SCENES = dict(text_encoder="from-scratch", text_layers=2, noise=0.0)
+SMALL = dict(  # photographs on a laptop
+    dim=256, region_width=512, region_layers=1, local_layers=1, global_layers=1, feedforward=1024,
+    reduction="mean", reward_floor=False,
+    epochs=10, batch_size=128, easy_epochs=1, lr=5e-4, text_lr=0.1, weight_decay=1e-4, warmup=100, schedule="linear")
+SMALL_USER = dict(  # all captions of an image in one batch, a constant rate, and the average over it is kept
+    noise=0.2, guide="self", dim=1024, momentum=0.997, keep="momentum",
+    epochs=9, batch_size=160, captions_per_image=5, lr=1e-3, warmup=0, schedule="constant")
+SMALL_SCENES = dict(  # words learnt from scratch in three minutes on two cores; no noise, since every word counts
+    text_encoder="from-scratch", text_layers=1, noise=0.0,
+    dim=128, region_width=128, feedforward=256, dropout=0.0, momentum=0.999, keep="model",
+    epochs=5, batch_size=72, captions_per_image=3, lr=1e-3, text_lr=1.0, warmup=100, schedule="linear", max_norm=20.0)
+UNIFIED = dict(noise=0.2, guide="self", reward_floor=False)  # no paper has this model: TGDT's values with USER's guide
+
+PRESETS = {  # what is changed from the defaults, first for the model, then for the dataset
+    ("paper", "tgdt"):      ({},                 {"coco": PAPER_COCO, "scenes": PAPER_SCENES}),
+    ("paper", "user"):      (PAPER_USER,         {"coco": PAPER_COCO_USER, "scenes": PAPER_SCENES}),
+    ("paper", "tgdt-user"): (UNIFIED,            {"coco": PAPER_COCO, "scenes": PAPER_SCENES}),
+    ("small", "tgdt"):      (SMALL,              {"scenes": SMALL_SCENES}),
+    ("small", "user"):      (SMALL | SMALL_USER, {"scenes": SMALL_SCENES}),
+    ("small", "tgdt-user"): (SMALL | UNIFIED,    {"scenes": SMALL_SCENES}),
+}
+
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+class Field(NamedTuple):
+    """What one line of a group says."""
+
+    group: str
+    type: type                         # bool, int, float or str
+    optional: bool                     # may be None
+    choices: tuple[str, ...]           # empty if any value of the type will do
+    help: str
+    range: tuple[float, float] | None  # of a number
+
+
+GROUPS: dict[str, type] = get_type_hints(Settings)
+FIELDS: dict[str, Field] = {}
+for _group, _class in GROUPS.items():
+    for _name, _hint in get_type_hints(_class, include_extras=True).items():
+        _type, (_help, *_range) = _hint.__origin__, _hint.__metadata__
+        _choices = get_args(_type) if get_origin(_type) is Literal else ()
+        _optional = isinstance(_type, UnionType)  # str | None
+        _plain = str if _choices or _optional else _type
+        FIELDS[_name] = Field(_group, _plain, _optional, _choices, _help, _range[0] if _range else None)
+
+
+def flag(name: str) -> str:
+    """batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def check_value(name: str, value: object) -> None:
+    """Raises BadInput for a value of the wrong type, outside of the range or not among the choices."""
+    known = FIELDS[name]
+    right = isinstance(value, (int, float) if known.type is float else known.type)
+    right = right and isinstance(value, bool) == (known.type is bool)  # in Python, True is an int
+    right = right and (not known.choices or value in known.choices)
+    right = right and (not known.range or known.range[0] <= value <= known.range[1])  # NaN is in no range
+    if right or value is None and known.optional:
+        return
+    expected = " or ".join(known.choices) or {bool: "true or false", str: "text"}.get(known.type)
+    if known.range:
+        expected = f"a {'whole ' if known.type is int else ''}number from {known.range[0]:,} to {known.range[1]:,}"
+    raise BadInput(f"{flag(name)} {value}: expected {expected}")
+
+
+def check(settings: Settings) -> None:
+    """Raises BadInput if a setting has a value that no run can have, or two settings contradict each other."""
+    for name, value in flat(settings).items():
+        check_value(name, value)
+    run, shape, training, queue = settings.run, settings.architecture, settings.training, settings.momentum.queue
+    if settings.text.text_encoder == "from-scratch" and run.dataset != "scenes":
+        raise BadInput("--text-encoder from-scratch knows the words of scenes only; give a BERT's name or folder")
+    if 0 < settings.pictures.picture_side < 32:
+        raise BadInput(f"--picture-side {settings.pictures.picture_side}: expected 0, or at least 32 pixels")
+    if run.model == "tgdt" and settings.enhancement.guide != "none":
+        raise BadInput(f"--guide {settings.enhancement.guide}: only --model user and --model tgdt-user have a guide")
+    if run.model != "tgdt" and 0 < queue < training.batch_size:
+        raise BadInput(f"--queue {queue}: expected at least --batch-size {training.batch_size}, or 0 for no queue")
+    if training.batch_size < 2 * training.captions_per_image:
+        raise BadInput(f"--batch-size {training.batch_size}: expected at least {2 * training.captions_per_image}, "
+                       "twice --captions-per-image, so that a batch has two images")
+    for name in ("dim", "region_width"):
+        if run.model != "user" and getattr(shape, name) % shape.heads:
+            raise BadInput(f"{flag(name)} {getattr(shape, name)}: expected a multiple of the {shape.heads} heads")
+
+
+# --------------------------------------------------------------------------------------------- make, read, write
+
+
+def make(given: dict) -> Settings:
+    """The settings of the dataset, model and preset in `given`, with all other values in it put on top.
+
+    given: setting -> value; None means not given. Raises BadInput for values that `check` refuses.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if unknown := given.keys() - FIELDS.keys():
+        raise BadInput(f"no such setting: {', '.join(sorted(unknown))}")
+    values = flat(Settings()) | given
+    for name in ("dataset", "model", "preset"):
+        check_value(name, values[name])
+    for_model, for_datasets = PRESETS[values["preset"], values["model"]]
+    return from_flat(values | for_model | for_datasets.get(values["dataset"], {}) | given)
+
+
+def from_flat(values: dict) -> Settings:
+    """The settings from the value of each, checked."""
+    groups = {group: {name: values[name] for name, known in FIELDS.items() if known.group == group} for group in GROUPS}
+    settings = Settings(**{group: GROUPS[group](**inside) for group, inside in groups.items()})
+    check(settings)
+    return settings
+
+
+def flat(settings: Settings) -> dict:
+    """setting -> value, without the groups."""
+    return {name: getattr(getattr(settings, known.group), name) for name, known in FIELDS.items()}
+
+
+def read(path: Path) -> Settings:
+    """The settings that `write` wrote. Raises BadInput for a file of another shape, or values that `check` refuses."""
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not all(isinstance(inside, dict) for inside in stored.values()):
+        raise BadInput(f"{path}: expected the settings by group, as `train.py --print-settings` prints them")
+    found = {(group, name) for group, inside in stored.items() for name in inside}
+    known = {(field.group, name) for name, field in FIELDS.items()}
+    if odd := sorted(found ^ known):
+        what = "is missing" if odd[0] in known else "is no setting of this program"
+        raise BadInput(f"{path}: {'.'.join(odd[0])} {what}")
+    try:
+        return from_flat({name: value for inside in stored.values() for name, value in inside.items()})
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def write(path: Path, settings: Settings) -> None:
+    """Write the settings as JSON, one object a group."""
+    write_json(path, asdict(settings))

@@ -1,0 +1,241 @@
+"""The training command: set a run up, hand it to the loop of `train.py`, report at the end."""
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import BertTokenizer
+
+import data
+from harness import figures, flags, folder, models, pictures, report
+from harness import settings as settings_
+from harness.settings import Settings
+from sources.files import BadInput, write_whole
+from user import MomentumContrast
+
+SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
+LOOK_EVERY = 10   # steps between two looks at the loss
+
+
+@dataclass
+class Run:
+    """A run: what is trained and on what, where it stands, and all that surrounds the loop of `train.py`."""
+
+    settings: Settings
+    model: nn.Module
+    momentum: MomentumContrast | None
+    tokenizer: BertTokenizer
+    splits: dict[str, data.Split]
+    words: dict[str, list]     # of each split, the word pieces of its captions
+    inputs: dict               # what building the model needs beside the settings: feature_dim, seen, bert
+    out: Path
+    device: torch.device
+    precision: str
+    workers: int = 0
+    last: dict | None = None   # the checkpoint to go on from
+    epoch: int = 0
+    step: int = 0              # within the epoch
+    losses: list[float] = field(default_factory=list)  # seen in this epoch, per pair
+    history: list[dict] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.steps_per_epoch = len(self.plan(0))
+        self.started = self.saved = time.perf_counter()
+        self.interrupt, self.optimizer = Interrupt(), None
+        self.bar = tqdm(total=self.settings.training.epochs * self.steps_per_epoch, unit="step", dynamic_ncols=True)
+
+    # ------------------------------------------------------------------------------------------ what the loop calls
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer in, and go back to where the last checkpoint was, if there is one."""
+        self.optimizer = optimizer
+        if self.last:
+            for name, part in self.parts().items():
+                part.load_state_dict(self.last[name])
+            for name in ("epoch", "step", "losses", "history"):
+                setattr(self, name, self.last[name])
+            torch.set_rng_state(self.last["rng"])
+            if self.device.type == "cuda" and "cuda_rng" in self.last:
+                torch.cuda.set_rng_state(self.last["cuda_rng"])
+        self.bar.update(self.epoch * self.steps_per_epoch + self.step)
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """What is left of the epoch, on the device. The batches depend on the seed and the epoch alone."""
+        seed = (self.settings.run.seed, self.epoch)
+        noise = data.CaptionNoise(self.tokenizer, chance) if (chance := self.settings.text.noise) else None
+        pairs = data.Pairs(self.splits["train"], self.words["train"], self.tokenizer.pad_token_id, noise, seed)
+        # A generator of the loader's own leaves the global one alone, on which an exact resume rests.
+        loader = DataLoader(pairs, sampler=self.plan(self.epoch)[self.step :], batch_size=None,
+                            num_workers=self.workers, pin_memory=self.device.type == "cuda",
+                            generator=torch.Generator())
+        for batch in loader:
+            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        training = self.settings.training
+        return data.epoch_batches(self.splits["train"].image_of, training.batch_size, training.captions_per_image,
+                                  self.settings.run.seed, epoch)
+
+    def after_step(self, loss: Tensor, pairs: int) -> bool:
+        """Watch the loss of a batch of `pairs`, save now and then. Returns False if the user asked to stop.
+
+        The state is saved then. history.jsonl has the loss of one pair: CMC is a sum over the pairs, UTO their mean.
+        """
+        self.bar.update()
+        if self.step % LOOK_EVERY == 0 or self.step == self.steps_per_epoch:
+            self.losses.append(loss.item() / (1 if self.settings.run.model == "user" else pairs))
+            if not math.isfinite(self.losses[-1]):
+                raise BadInput(f"the loss is {self.losses[-1]} at epoch {self.epoch + 1}, step {self.step}: training "
+                               f"diverged; try a smaller --lr. {self.out / 'checkpoint.pt'} holds the last good state")
+            self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{self.losses[-1]:.3f}")
+        if self.interrupt.seen or time.perf_counter() - self.saved > SAVE_EVERY:
+            self.save()
+        return not self.interrupt.seen
+
+    def finish_epoch(self) -> None:
+        """Evaluate on val; write a line of history, the curves, and the checkpoints."""
+        self.epoch, self.step = self.epoch + 1, 0
+        val = self.evaluate(self.kept)
+        final = report.final(val)
+        line = {"epoch": self.epoch, "loss": sum(self.losses) / len(self.losses),
+                "lr": self.optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - self.started, 1),
+                "val": {name: val[name] for name in ("global", "two_stage") if name in val}}
+        if self.kept is not self.model:  # to see what the average over the steps is worth
+            line["val_model_rsum"] = report.final(self.evaluate(self.model))["rsum"]
+        if self.settings.run.model != "user":
+            line["negatives"] = "mean" if self.epoch <= self.settings.training.easy_epochs else "hardest"
+        self.history.append(line)
+        self.losses = []
+        best = final["rsum"] >= max(report.final(line["val"])["rsum"] for line in self.history)
+        if best:
+            state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch,
+                                   "model": self.kept.state_dict()}
+            write_whole(self.out / "best.pt", lambda file: torch.save(state, file))
+        self.save()
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_whole(self.out / "history.jsonl", lambda file: file.write(lines.encode()))
+        figures.curves(self.history, self.out / "curves.png")
+        tqdm.write(f"epoch {self.epoch:3d}  loss {line['loss']:.3f}  val R@1 {final['i2t']['r1']:.1f} / "
+                   f"{final['t2i']['r1']:.1f}  rsum {final['rsum']:.1f}{'  best' if best else ''}")
+
+    # ---------------------------------------------------------------------------------------------------- its parts
+
+    @property
+    def kept(self) -> nn.Module:
+        """What is evaluated, and kept as best.pt: the model, or its momentum copy."""
+        return self.momentum.encoder if self.settings.momentum.keep == "momentum" else self.model
+
+    def evaluate(self, model: nn.Module) -> dict:
+        return report.measure(model, self.splits["val"], self.words["val"], self.settings, self.device, self.precision,
+                              exhaustive=False)[0]
+
+    def parts(self) -> dict:
+        parts = {"model": self.model, "momentum": self.momentum, "optimizer": self.optimizer}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def save(self) -> None:
+        """Write checkpoint.pt: all that an exact resume needs."""
+        state = self.inputs | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
+        state |= {name: getattr(self, name) for name in ("epoch", "step", "losses", "history")}
+        state |= {name: part.state_dict() for name, part in self.parts().items()}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        write_whole(self.out / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.saved = time.perf_counter()
+
+
+class Interrupt:
+    """Notes Ctrl-C or SIGTERM, so that the loop stops after the current step. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __enter__(self) -> Interrupt:
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0) -> Run:
+    """Load the data, the text encoder and the features, and build the model.
+
+    Raises BadInput if data, a text encoder, a CLIP, a checkpoint or a folder cannot be used.
+    """
+    where, precision = models.resolve(device, settings.run.precision)
+    torch.manual_seed(settings.run.seed)
+    root = settings.run.data_root
+    splits = data.load(settings.run.dataset, Path(root) if root else None, regions=settings.pictures.regions,
+                       split_seed=settings.pictures.split_seed)
+    settings.pictures.regions = pictures.kind(settings, splits)
+    last = folder.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
+    bert, tokenizer = models.text_encoder(settings)
+    seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])
+    feature_dim = splits["train"].features.dim
+    if last:
+        folder.check_features(out, last, feature_dim)
+    fixed, found = settings.enhancement.fixed_regions, splits["train"].features.read([0])[0].shape[1]
+    if fixed not in (0, found):
+        raise BadInput(f"--fixed-regions {fixed}: the data has {found} regions an image; 0 takes any number of them")
+    model = models.build(settings, bert, feature_dim, (seen["clip"] or {}).get("dim", 0)).to(where)
+    momentum, queue = None, settings.momentum.queue if settings.run.model != "tgdt" else 0
+    if queue or settings.momentum.keep == "momentum":
+        momentum = MomentumContrast(model, settings.architecture.dim, queue, settings.momentum.momentum).to(where)
+    words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    settings_.write(out / "settings.json", settings)
+    tokenizer.save_pretrained(out / "tokenizer")
+    inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict()}
+    return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last)
+
+
+def main(train: Callable[[Run], bool], argv: list[str] | None = None) -> int:
+    """The command line of `train.py`, whose loop is `train`. Returns the exit code."""
+    given, options = flags.parse(argv)
+    matplotlib.use("Agg")  # a run draws into files, also where there is no screen
+    try:
+        settings = settings_.make(given)
+        if options.print_settings:
+            print(json.dumps(asdict(settings), indent=2))
+            return 0
+        out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
+        if options.resume:
+            settings = folder.resumed_settings(out, given)
+        elif (out / "settings.json").exists() or (out / "checkpoint.pt").exists():
+            raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
+        run = set_up(settings, out, options.device, options.resume, options.workers)
+        # On a processor the fused attention has a slow backward pass; without it a step takes up to a fifth less.
+        attention = sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" else nullcontext()
+        with run.interrupt, run.bar, attention:
+            finished = train(run)
+        if not finished:
+            print(f"stopped at epoch {run.epoch + 1}, step {run.step}; go on with --resume --out {out}")
+            return 130
+        model = folder.open_run(out).model.to(run.device)
+        report.report(model, run.splits, run.words, run.tokenizer, settings, out, run.device, run.precision)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,172 @@
+"""Annotation files: which captions belong to which picture, and to which split.
+
+Three kinds are read, all into a list of `Entry`: Karpathy's dataset_*.json, COCO's captions_*2014.json with TERAN's
+lists of annotation ids, and a table of your own, captions.csv or captions.jsonl.
+"""
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sources.features import TERAN, read_array
+from sources.files import BadInput, explained
+
+KARPATHY, COCO = "from cs.stanford.edu/people/karpathy/deepimagesent", "from cocodataset.org"
+COCO_PARTS = {"train": ("train", "restval"), "val": ("dev",), "test": ("test",)}
+OTHER_NAMES = {"restval": "train", "dev": "val"}  # names of splits in files -> ours
+
+
+class Entry(NamedTuple):
+    """What an annotation file says of one image."""
+
+    where: str  # the file and the place in it, for messages
+    id: int  # the name of the image's bottom-up files
+    split: str  # "train", "val" or "test"
+    file: tuple[str, str]  # the folder (or "") and the file name of the picture
+    size: tuple[float, float] | None  # width and height of the picture, if they are given
+    captions: list[str]
+
+
+def find(root: Path, name: str) -> Path | None:
+    """The annotation file of this name in root/annotations or in root, or None."""
+    return next((path for path in (root / "annotations" / name, root / name) if path.is_file()), None)
+
+
+def need(root: Path, name: str, source: str) -> Path:
+    """Like `find`, but raises BadInput if the file is missing. source: where people get it from."""
+    path = find(root, name)
+    if path is None:
+        raise BadInput(f"{root / 'annotations' / name}: missing, also not in {root} ({source})")
+    return path
+
+
+def read_karpathy(path: Path) -> list[Entry]:
+    """Karpathy's JSON. The id of an image is its place in the list, as in TERAN's files."""
+    with explained(path, "JSON with a list 'images'"):
+        images = list(json.loads(path.read_bytes().decode())["images"])
+    entries = []
+    for place, image in enumerate(images):
+        where = f"{path}: images[{place}]"
+        with explained(where, "filename, split and sentences with raw text"):
+            split = OTHER_NAMES.get(image["split"], image["split"])
+            file = (image.get("filepath", ""), image["filename"])
+            size = (float(image["width"]), float(image["height"])) if "width" in image else None
+            captions = [sentence["raw"].strip() for sentence in image["sentences"]]
+            entries.append(Entry(where, place, split, file, size, captions))
+    return entries
+
+
+def read_coco(root: Path, splits: Sequence[str]) -> list[Entry]:
+    """COCO's annotations with TERAN's coco_*_ids.npy, which list the annotation ids of a split."""
+    images, captions = {}, {}  # image id -> (file, size); annotation id -> (image id, caption)
+    for name in ("captions_train2014.json", "captions_val2014.json"):
+        path = need(root, name, COCO)
+        with explained(path, "JSON with COCO's lists 'images' (id, file_name, width, height) and 'annotations'"):
+            content = json.loads(path.read_bytes().decode())
+            for image in content["images"]:
+                images[image["id"]] = (image["file_name"], (float(image["width"]), float(image["height"])))
+            for annotation in content["annotations"]:
+                captions[annotation["id"]] = (annotation["image_id"], annotation["caption"].strip())
+    entries = []
+    for split in splits:
+        if split == "test" and find(root, "coco_test_ids.npy") is None:
+            continue
+        of_split: dict[int, Entry] = {}
+        for part in COCO_PARTS[split]:
+            path = need(root, f"coco_{part}_ids.npy", TERAN)
+            for place, annotation in enumerate(read_array(path, dtype=np.int64).ravel().tolist()):
+                image, caption = captions.get(annotation, (None, ""))
+                if image not in images:
+                    raise BadInput(f"{path}: entry {place}, annotation {annotation}, is not in captions_*2014.json")
+                file, size = images[image]
+                entry = Entry(f"{path}: image {image}", image, split, ("", file), size, [])
+                of_split.setdefault(image, entry).captions.append(caption)
+        entries += of_split.values()
+    return entries
+
+
+def read_own(root: Path, split_seed: int) -> list[Entry]:
+    """The annotations of a folder of your own: captions.csv, captions.jsonl, or one dataset_*.json like Karpathy's."""
+    for path in (root / "captions.csv", root / "captions.jsonl"):
+        if path.is_file():
+            return read_table(path, split_seed)
+    found = sorted([*root.glob("dataset*.json"), *root.glob("annotations/dataset*.json")])
+    if len(found) != 1:
+        raise BadInput(f"{root}: expected captions.csv or captions.jsonl, with a file and a caption on each line, or "
+                       f"one dataset_*.json, found {len(found)} of these")
+    return read_karpathy(found[0])
+
+
+def read_table(path: Path, split_seed: int) -> list[Entry]:
+    """A table with a file, a caption and maybe a split on each line. If it names no splits, they are drawn."""
+    entries: dict[str, Entry] = {}
+    for where, line in csv_lines(path) if path.suffix == ".csv" else json_lines(path):
+        file, caption, split = ((line.get(name) or "").strip() for name in ("file", "caption", "split"))
+        split = OTHER_NAMES.get(split, split)
+        if not file or not caption:
+            raise BadInput(f"{where}: found {json.dumps(line, ensure_ascii=False)}, expected a file and a caption")
+        if split not in ("train", "val", "test", ""):
+            raise BadInput(f"{where}: split {split!r}, expected train, val or test")
+        entry = entries.setdefault(file, Entry(where, len(entries), split, ("", file), None, []))
+        if entry.split != split:
+            raise BadInput(f"{where}: {file} has split {split or 'none'} here, but {entry.split or 'none'} above")
+        entry.captions.append(caption)
+    without_split = [entry for entry in entries.values() if not entry.split]
+    if not without_split:
+        return list(entries.values())
+    if len(without_split) < len(entries):
+        raise BadInput(f"{without_split[0].where}: no split, but other lines of the file have one")
+    if len(entries) < 4:
+        raise BadInput(f"{path}: {len(entries)} pictures, expected at least 4, to draw train, val and test from")
+    split_of = draw_splits(sorted(entries), split_seed)
+    return [entry._replace(split=split_of[file]) for file, entry in entries.items()]
+
+
+def draw_splits(names: list[str], seed: int) -> dict[str, str]:
+    """A tenth of the pictures (at most 1,000) goes to val, as many to test, the rest to train."""
+    size = min(max(len(names) // 10, 1), 1000)
+    order = np.random.default_rng(seed).permutation(len(names))
+    splits = ["val"] * size + ["test"] * size + ["train"] * (len(names) - 2 * size)
+    return {names[row]: split for row, split in zip(order, splits, strict=True)}
+
+
+def csv_lines(path: Path) -> list[tuple[str, dict]]:
+    """Each line of a .csv file: where it stands, and its values by the titles of line 1."""
+    with explained(path, "a readable file"):
+        text = path.read_bytes().decode("utf-8-sig")
+    with explained(path, "comma-separated values"):
+        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader.fieldnames = titles = [title.strip().lower() for title in reader.fieldnames or []]
+    if not {"file", "caption"} <= set(titles):
+        raise BadInput(f"{path}, line 1: found {', '.join(titles) or 'nothing'}, expected titles: file, caption")
+    lines = []
+    while True:
+        with explained(f"{path}, line {reader.line_num + 1}", "comma-separated values"):
+            line = next(reader, None)
+        if line is None:
+            return lines
+        where = f"{path}, line {reader.line_num}"
+        if None in line:
+            raise BadInput(f"{where}: more values than titles; put quotes around a caption that has a comma")
+        lines.append((where, line))
+
+
+def json_lines(path: Path) -> list[tuple[str, dict]]:
+    """Each line of a .jsonl file that is not empty: where it stands, and its object."""
+    with explained(path, "a readable file"):
+        text = path.read_bytes().decode("utf-8-sig")
+    lines = []
+    for number, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        with explained(f"{path}, line {number}", "a JSON object with file and caption"):
+            line = {str(name).lower(): value for name, value in json.loads(content).items()}
+            if not all(isinstance(line.get(name, ""), str) for name in ("file", "caption", "split")):
+                raise TypeError("file, caption and split must be texts")
+        lines.append((f"{path}, line {number}", line))
+    return lines

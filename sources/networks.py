@@ -1,0 +1,247 @@
+"""The frozen networks that look at pictures: four kinds of regions, and the CLIP that guides CGE.
+
+Both papers start from region features that were computed elsewhere. Here networks that are never trained compute them
+from pictures: `Detector` gives its best boxes, as the bottom-up features of both papers do, `Grid` the cells of a
+classifier's last feature map, `Patches` the patches of a CLIP, and `SceneWindows` the windows of the built-in scenes.
+
+All classes are used alike:
+
+    prepare(picture) -> tensors       of one picture; may run in another process
+    look(batch) -> arrays             batch: prepared pictures, stacked; no picture's result depends on the others
+    identity                          a dictionary of all that decides the result: network, weights, sizes
+    batch_size                        how many pictures to look at together
+"""
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from transformers import CLIPImageProcessor, CLIPModel
+
+from sources import windows
+from sources.files import BadInput
+from sources.weights import Classifier, fingerprint, load_classifier, load_detector
+
+
+def regions_network(kind: str, name: str, weights: str, count: int, side: int, clip: str,
+                    device: torch.device | str) -> Detector | Grid | Patches | SceneWindows:
+    """The network of --regions KIND. If `name` is empty or `side` is 0, the kind's default is taken."""
+    if kind == "detector":
+        name = name or "fasterrcnn_resnet50_fpn_v2"
+        return Detector(name, load_detector(name, weights), count, side or 800, device)
+    if kind == "grid":
+        return Grid(load_classifier(name or "resnet50", weights), count, side or 384, device)
+    return Patches(clip, device) if kind == "clip" else SceneWindows()
+
+
+def squashed(picture: Image.Image, side: int) -> dict[str, Tensor]:
+    """The whole picture as a square: pixels [3, side, side] uint8."""
+    return {"pixels": as_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))}
+
+
+def on_canvas(picture: Image.Image, side: int) -> dict[str, Tensor]:
+    """The picture in the corner of a grey square, its longer side scaled to `side`.
+
+    Returns pixels [3, side, side] uint8, and size [2], the height and width there. All pictures get the same canvas, so
+    that no batch needs padding, which would make results depend on the batch.
+    """
+    scale = side / max(picture.size)
+    width, height = (max(1, round(scale * length)) for length in picture.size)
+    canvas = Image.new("RGB", (side, side), (124, 116, 104))  # the mean colour, which becomes zero
+    canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC))
+    return {"pixels": as_tensor(canvas), "size": torch.tensor([height, width])}
+
+
+def as_clip_sees(picture: Image.Image, processor: CLIPImageProcessor) -> dict[str, Tensor]:
+    """The middle of the picture, as CLIP was trained: pixels [3, S, S] float32."""
+    return {"pixels": processor(images=picture, return_tensors="pt")["pixel_values"][0]}
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+class Normalised:
+    """Pixels uint8 -> (pixels / 255 - mean) / std, on the device."""
+
+    def __init__(self, mean: tuple, std: tuple, device: torch.device | str):
+        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.mean.device).float() / 255 - self.mean) / self.std
+
+
+class Detector:
+    """The `count` best boxes of a two-stage detector of torchvision, whatever they hold, and the features in them.
+
+    Each proposal is refined for its likeliest class. Of boxes that overlap, the likeliest stays. Then the features are
+    pooled again in the boxes that are left, so that features and boxes belong together.
+    """
+
+    batch_size = 4
+
+    def __init__(self, name: str, net: nn.Module, count: int, side: int, device: torch.device | str = "cpu"):
+        self.net, self.count = net.to(device).eval(), count
+        self.normalised = Normalised(net.transform.image_mean, net.transform.image_std, device)
+        self.dim = net.roi_heads.box_predictor.cls_score.in_features
+        self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "side": side,
+                         "regions": count, "dim": self.dim}
+        self.prepare = partial(on_canvas, side=side)
+
+    @torch.inference_mode()
+    def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """pixels [B, 3, S, S] and size [B, 2] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
+        heads, sizes = self.net.roi_heads, [tuple(size) for size in batch["size"].tolist()]
+        pixels = self.normalised(batch["pixels"])
+        maps = self.net.backbone(pixels)
+        maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        proposals = self.net.rpn(ImageList(pixels, sizes), maps)[0]
+        scores, shifts = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
+        refined = heads.box_coder.decode(shifts, proposals)  # [all proposals, classes, 4]
+        likeliest, label = scores.softmax(1)[:, 1:].max(1)  # class 0 is the background
+        refined = refined[torch.arange(len(label), device=label.device), label + 1]
+        each = [len(own) for own in proposals]
+        found = [self.best(*own) for own in zip(refined.split(each), likeliest.split(each), sizes, strict=True)]
+        features = heads.box_head(heads.box_roi_pool(maps, found, sizes)).split([len(boxes) for boxes in found])
+        out = {"regions": np.zeros((len(found), self.count, self.dim), np.float32),
+               "boxes": np.zeros((len(found), self.count, 4), np.float32), "count": np.zeros(len(found), np.float32)}
+        for row, (boxes, seen, (height, width)) in enumerate(zip(found, features, sizes, strict=True)):
+            out["regions"][row, : len(boxes)] = seen.cpu().numpy()
+            out["boxes"][row, : len(boxes)] = (boxes / boxes.new_tensor([width, height, width, height])).cpu().numpy()
+            out["count"][row] = len(boxes)
+        return out
+
+    def best(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """boxes [P, 4] in pixels, scores [P] -> at most `count` boxes, best first; if none is left, the whole picture.
+
+        size: height and width of the picture.
+        """
+        boxes = torchvision.ops.clip_boxes_to_image(boxes, size)
+        real = torchvision.ops.remove_small_boxes(boxes, 1)
+        kept = torchvision.ops.nms(boxes[real], scores[real], self.net.roi_heads.nms_thresh)[: self.count]
+        return boxes[real][kept] if len(kept) else boxes.new_tensor([[0, 0, size[1], size[0]]])
+
+
+def cells(across: int) -> np.ndarray:
+    """[across * across, 4]: the boxes of a grid's cells, row by row, in 0..1."""
+    y, x = np.divmod(np.arange(across * across), across)
+    return (np.stack([x, y, x + 1, y + 1], 1) / across).astype(np.float32)
+
+
+def of_cells(features: Tensor, boxes: np.ndarray) -> dict[str, np.ndarray]:
+    """Features [B, R, F] of the cells `boxes` [R, 4] -> the arrays that `look` returns."""
+    found = features.float().cpu().numpy()
+    return {"regions": found, "boxes": np.broadcast_to(boxes, (len(found), *boxes.shape)),
+            "count": np.full(len(found), len(boxes))}
+
+
+class Grid:
+    """The last feature map of a classification network, pooled into `count` cells that cover the whole picture."""
+
+    batch_size = 32
+
+    def __init__(self, classifier: Classifier, count: int, side: int, device: torch.device | str = "cpu"):
+        self.across = round(count**0.5)
+        if self.across**2 != count:
+            raise BadInput(f"--boxes {count}: a grid has a square number of cells, such as 36 or 49")
+        self.net = classifier.net.to(device, memory_format=torch.channels_last).eval()
+        self.last_map, self.normalised = classifier.last_map, Normalised(classifier.mean, classifier.std, device)
+        self.boxes, self.prepare = cells(self.across), partial(squashed, side=side)
+        self.dim = self.features(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[2]
+        self.identity = {"kind": "grid", "network": classifier.name, "weights": fingerprint(self.net), "side": side,
+                         "regions": count, "dim": self.dim}
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] uint8 -> [B, R, F]."""
+        pixels = self.normalised(pixels).contiguous(memory_format=torch.channels_last)
+        return F.adaptive_avg_pool2d(self.last_map(self.net, pixels), self.across).flatten(2).transpose(1, 2)
+
+    def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """pixels [B, 3, S, S] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
+        return of_cells(self.features(batch["pixels"]), self.boxes)
+
+
+class Patches:
+    """The last hidden states of a CLIP's patches. They cover the whole picture, which is squashed, not cropped."""
+
+    batch_size = 32
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        clip = Clip(name, device)
+        self.vision = clip.vision
+        across = clip.side // clip.vision.config.patch_size
+        self.boxes, self.prepare = cells(across), partial(squashed, side=clip.side)
+        self.normalised = Normalised(clip.processor.image_mean, clip.processor.image_std, device)
+        self.dim = clip.vision.config.hidden_size
+        self.identity = {"kind": "clip", "network": "CLIP", "weights": fingerprint(clip.vision), "side": clip.side,
+                         "regions": across**2, "dim": self.dim}
+
+    @torch.inference_mode()
+    def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """pixels [B, 3, S, S] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
+        states = self.vision(pixel_values=self.normalised(batch["pixels"])).last_hidden_state
+        return of_cells(self.vision.post_layernorm(states[:, 1:]), self.boxes)  # without the class token
+
+
+class SceneWindows:
+    """The stand-in for a detector that the built-in scenes use (see `windows.py`), for any picture."""
+
+    batch_size = 50
+    dim, identity = windows.DIM, {"kind": "scenes", "network": "windows", "regions": windows.BOXES, "dim": windows.DIM}
+    prepare = staticmethod(partial(squashed, side=windows.SIDE))
+
+    def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """pixels [B, 3, S, S] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
+        pixels = batch["pixels"].permute(0, 2, 3, 1).numpy()
+        boxes = windows.propose(pixels)
+        return {"regions": windows.describe(pixels, boxes), "boxes": boxes,
+                "count": np.full(len(boxes), windows.BOXES)}
+
+
+class Clip:
+    """The image half of a frozen CLIP. Its embedding of a picture is the guide of CGE (USER, CLIP-guided enhancement).
+
+    name: a model of huggingface.co or a local folder. Raises BadInput if there is no such CLIP.
+    """
+
+    batch_size = 32
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            clip, report = CLIPModel.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(
+                f"cannot load the CLIP {name!r}: it is neither a folder with a CLIP's config.json and weights nor a "
+                f"model of huggingface.co that can be reached. Download config.json, preprocessor_config.json and "
+                f"model.safetensors of huggingface.co/{name} elsewhere and give their folder to --clip-model. "
+                f"({str(error).splitlines()[0]})") from error
+        missing = sorted(key for key in report["missing_keys"] if key.startswith("vis"))
+        if missing:  # transformers would fill them with random numbers
+            raise BadInput(f"the CLIP {name!r} of --clip-model has no {missing[0]} (and {len(missing) - 1} more)")
+        self.vision, self.project = clip.vision_model.to(device).eval(), clip.visual_projection.to(device)
+        self.side = side = clip.config.vision_config.image_size
+        frame = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        try:
+            self.processor = CLIPImageProcessor.from_pretrained(name, **frame)
+        except OSError:  # there is no preprocessor_config.json, but all CLIPs prepare pictures alike
+            self.processor = CLIPImageProcessor(**frame)
+        self.name, self.dim, self.device = name, self.project.out_features, device
+        self.identity = {"kind": "clip-guide", "network": "CLIP", "weights": fingerprint(self.vision, self.project),
+                         "prepared": self.processor.to_json_string(), "dim": self.dim}
+        self.prepare = partial(as_clip_sees, processor=self.processor)
+
+    @torch.inference_mode()
+    def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """pixels [B, 3, S, S] -> clip [B, E] float32 of unit length."""
+        seen = self.project(self.vision(pixel_values=batch["pixels"].to(self.device)).pooler_output)
+        return {"clip": F.normalize(seen.float(), dim=1).cpu().numpy()}

