@@ -5,23 +5,20 @@
     python benchmarks/ablations.py speed
     python benchmarks/ablations.py table --out DIR
 
-An arm is a model and its changes, separated by commas: "user, no guide, --queue 512". A change is a name of `CHANGES`,
-or a flag of train.py with its value. `train` trains all arms that have no results in DIR yet, seed by seed, each in a
-process of its own. You can stop it and start it again at any time. `--arms "a; b"` takes some arms, `--seeds 0,1` some
+`train` trains all arms of arms.py that have no results in DIR yet, seed by seed, each in a process of its own. You can
+stop it and start it again at any time. `--arms "tgdt; user, no guide, --queue 512"` takes some arms, `--seeds 0,1` some
 seeds, and all other flags go to train.py. `speed` compares a matcher by cross-attention with two-stage search. `table`
 adds the results in DIR to benchmarks/ablations.csv, which holds all results, and prints the tables. Without --out it
-prints what the file holds; --epochs prints the course of each training as well, and --draw draws the claims.
+prints what the file holds. --courses also prints rsum after each epoch, and --draw draws the claims.
 
-Three budgets. "flickr8k" is the smallest one in which all arms can be trained on two cores: BERT is frozen, without
-dropout and noise, so each caption passes it once for all arms, and a batch holds all five captions of its images.
-"flickr8k-full" is the small preset, with BERT fine-tuned. "scenes" is the small preset on the built-in scenes.
+There are three budgets. "flickr8k" is the smallest one in which all arms can be trained on two cores: BERT is frozen,
+without dropout and noise, so each caption passes it once for all arms, and a batch holds all five captions of its
+images. "flickr8k-full" is the small preset, with BERT fine-tuned. "scenes" is the small preset on the built-in scenes.
 """
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
-import hashlib
 import io
 import re
 import statistics
@@ -30,365 +27,362 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
-from transformers import BertModel
-from transformers.modeling_outputs import BaseModelOutput
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import data
-import losses
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arms import ARMS, BUDGETS, CLAIMS, MODELS, ONLY_PHOTOGRAPHS, OURS, changes_of, remember, split_arm
+
 import retrieve
-import tgdt
 import train
-import user
-from harness import flags, folder, report, training
-from harness import settings as settings_
+from harness import flags, folder, report, settings, training
 from harness.training import Run
 from sources.files import BadInput, write_whole
 
-# ----------------------------------------------------------------------------------- changes that no setting makes
-
-
-def copies(run: Run) -> list[nn.Module]:
-    """The model, and its momentum copy if there is one."""
-    return [run.model] if run.momentum is None else [run.model, run.momentum.encoder]
-
-
-class OtherBranch(nn.Module):
-    """A branch of TGDT whose global encoder does not read the local tokens as they are.
-
-    reads: "slots" are what the local encoder reads too, so there is no token guidance. "detached" are the local tokens
-    without their gradient, as in the released training.
-    """
-
-    def __init__(self, branch: tgdt.TokenGuidedEncoder, reads: str):
-        super().__init__()
-        self.project, self.local_encoder, self.global_encoder = (
-            branch.project, branch.local_encoder, branch.global_encoder)
-        self.reads = reads
-
-    def forward(self, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        slots = self.project(slots)
-        tokens = self.local_encoder(slots, src_key_padding_mask=~mask)
-        read = slots if self.reads == "slots" else tokens.detach()
-        globals_ = self.global_encoder(read, src_key_padding_mask=~mask)[:, 0]
-        return F.normalize(globals_, dim=-1), F.normalize(tokens, dim=-1)
-
-
-def other_branches(run: Run, reads: str) -> Run:
-    for model in copies(run):
-        model.image_branch = OtherBranch(model.image_branch, reads)
-        model.text_branch = OtherBranch(model.text_branch, reads)
-    return run
-
-
-def start_as_mean(run: Run) -> Run:
-    """GPO starts as mean pooling: all places have the score 0."""
-    for model in copies(run):
-        nn.init.zeros_(model.image_pool.score.weight)
-        nn.init.zeros_(model.text_pool.score.weight)
-    return run
-
-
-def stand_in_for_clip(run: Run) -> Run:
-    """CGE guided by the mean of an image's own regions, in place of CLIP's embedding."""
-    for split in run.splits.values():
-        rows = np.arange(len(split.features))
-        means = [split.features.read(part)[0].mean(1) for part in np.array_split(rows, -(-len(rows) // 256))]
-        split.clip = np.concatenate(means)
-        split.clip /= np.linalg.norm(split.clip, axis=1, keepdims=True)
-    dim = run.inputs["feature_dim"]
-    guide = user.CLIPGuidedEnhancement(dim, dim, run.settings.enhancement.sharpness).to(run.device)
-    for model in copies(run):
-        model.guide = copy.deepcopy(guide)
-    return run
-
-
-class Shuffled(Run):
-    """An epoch is one shuffle of all captions, so captions of an image are spread over it by chance."""
-
-    def plan(self, epoch: int) -> list[list[int]]:
-        order = np.random.default_rng([self.settings.run.seed, epoch]).permutation(len(self.words["train"])).tolist()
-        size = self.settings.training.batch_size
-        return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-
-
-def shuffled(run: Run) -> Run:
-    return Shuffled(**{field.name: getattr(run, field.name) for field in fields(run)})
-
-
-class KeysInTraining(user.MomentumContrast):
-    """Images are encoded as in training: with dropout, and normalised by the batch. Only parameters follow the model.
-
-    In the released code BERT stays in eval mode all the same.
-    """
-
-    def train(self, mode: bool = True) -> KeysInTraining:
-        nn.Module.train(self, True)
-        self.encoder.bert.eval()
-        return self
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        keep = min(self.momentum, 1 - 1 / (int(self.steps) + 1)) if self.warm else self.momentum
-        for ours, theirs in zip(self.encoder.parameters(), model.parameters(), strict=True):
-            ours.lerp_(theirs, 1 - keep)
-        self.steps += 1
-
-
-def keys_in_training(run: Run) -> Run:
-    old = run.momentum
-    new = KeysInTraining(run.model, run.settings.architecture.dim, 1, old.momentum, old.warm).to(run.device)
-    new.image_queue, new.text_queue = old.image_queue, old.text_queue
-    run.momentum = new
-    return run
-
-
-def cold_momentum(run: Run) -> Run:
-    """The momentum is the same from the first step on."""
-    run.momentum.warm = False
-    return run
-
-
-class UnmaskedQueue(user.Queue):
-    """Keys of a query's own image count as negatives."""
-
-    def positives(self, image_index: Tensor) -> Tensor:
-        return (self.owner < 0).expand(len(image_index), -1)
-
-
-def queue_unmasked(run: Run) -> Run:
-    length, dim = run.momentum.image_queue.keys.shape
-    run.momentum.image_queue = UnmaskedQueue(length, dim).to(run.device)
-    run.momentum.text_queue = UnmaskedQueue(length, dim).to(run.device)
-    return run
-
-
-def full_queue(run: Run) -> Run:
-    """The queues start full of random positive vectors, which belong to no image."""
-    for queue in (run.momentum.image_queue, run.momentum.text_queue):
-        queue.keys.copy_(F.normalize(torch.rand_like(queue.keys), dim=1))
-        queue.owner.fill_(2**40)
-    return run
-
-
-def encode(model: nn.Module, momentum: user.MomentumContrast | None, batch: dict, precision: str) -> tuple:
-    """The beginning of `train.batch_loss`: images, texts, and the batch's image_row and positives."""
-    if momentum is not None:
-        momentum.update(model)
-    row = batch["image_row"]
-    return *train.encode(model, batch, precision), row, row[:, None] == row
-
-
-def batch_unmasked(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
-    """UTO in which other captions of an image count as negatives in the batch."""
-    images, texts, row, _ = encode(model, momentum, batch, precision)
-    keys = train.momentum_keys(momentum, batch, precision)
-    return losses.uto(images.globals[row], texts.globals, keys, None, **vars(settings.uto))
-
-
-def hinge_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
-    """The hinge in place of UTO, on the batch alone, a mean over the pairs."""
-    images, texts, row, positives = encode(model, momentum, batch, precision)
-    similarity = images.globals[row] @ texts.globals.T
-    return losses.hinge(similarity, settings.cmc.margin, positives, negatives) / len(row)
-
-
-def fine_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
-    """CMC's hinge on the local similarities alone: nothing trains the coarse vectors."""
-    images, texts, row, positives = encode(model, momentum, batch, precision)
-    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, settings.cmc.reduction)
-    return losses.hinge(settings.cmc.local_weight * local[row], settings.cmc.margin, positives, negatives)
-
-
-class Remembered(nn.Module):
-    """A frozen BERT that has read all captions before. It is called as BERT is, and takes their states from a file.
-
-    words: the word pieces of all captions that it will be asked for. path: the file, which is written if it is not
-    there, in half precision.
-    """
-
-    def __init__(self, bert: BertModel, words: list[np.ndarray], path: Path, device: torch.device | str = "cpu"):
-        super().__init__()
-        self.config = bert.config
-        if not path.is_file():
-            states = read_all(bert.eval(), words, device)
-            write_whole(path, lambda file: np.save(file, states))
-        states = torch.from_numpy(np.load(path)).split([len(ids) for ids in words])
-        self.states = {ids.tobytes(): state for ids, state in zip(words, states, strict=True)}
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
-        out = torch.zeros(*input_ids.shape, self.config.hidden_size)
-        captions = input_ids.cpu().numpy().astype(np.int32)
-        for row, length in enumerate(attention_mask.sum(1).tolist()):
-            out[row, :length] = self.states[captions[row, :length].tobytes()]
-        return BaseModelOutput(out.to(input_ids.device))
-
-
-@torch.no_grad()
-def read_all(bert: BertModel, words: list[np.ndarray], device: torch.device | str) -> np.ndarray:
-    """BERT's states of the captions, one after the other: [all their word pieces, width] float16."""
-    states: list = [None] * len(words)
-    for batch in tqdm(list(data.text_batches(words, 256)), desc="BERT reads", unit="batch"):
-        mask = batch["word_mask"].long().to(device)
-        found = bert(input_ids=batch["word_ids"].to(device), attention_mask=mask).last_hidden_state.half().cpu()
-        for caption, state in zip(batch["caption_index"].tolist(), found, strict=True):
-            states[caption] = state[: len(words[caption])]
-    return torch.cat(states).numpy()
-
-
-def remember(run: Run) -> Run:
-    """Put a remembered BERT in the place of the frozen one. Its file serves all arms beside the run folder."""
-    words = [ids for captions in run.words.values() for ids in captions]
-    text = run.settings.text
-    key = hashlib.sha256(np.concatenate(words).tobytes() + f"{text.text_encoder} {text.text_layers}".encode())
-    path = run.out.parent / f"words-{key.hexdigest()[:12]}.npy"
-    bert = Remembered(run.model.bert, words, path, run.device)
-    for model in copies(run):
-        model.bert = bert
-    return run
-
-
-# ------------------------------------------------------------------------------------------------------------- arms
-
-BUDGETS = {
-    "flickr8k": "--dataset flickr8k --precision bfloat16 --text-lr 0 --dropout 0 --noise 0 --longest 32 --dim 256 "
-                "--feedforward 512 --schedule linear --keep model --batch-size 160 --captions-per-image 5 --epochs 5 "
-                "--momentum 0.995",
-    "flickr8k-full": "--dataset flickr8k --precision bfloat16",
-    "scenes": "--dataset scenes",
-}
-MODELS = {"tgdt": "--model tgdt", "user": "--model user", "unified": "--model tgdt-user"}
-
-
-class Change(NamedTuple):
-    """One change to an arm: flags of train.py, a change to the run before it is trained, or another loss."""
-
-    flags: str = ""
-    to_run: Callable[[Run], Run] = lambda run: run
-    loss_of: Callable | None = None
-
-
-CHANGES = {
-    "longer": Change("--epochs 10"),
-    "averaged": Change("--schedule constant --keep momentum"),  # the momentum copy, over a rate that does not fall
-    "falling rate": Change("--schedule linear"),
-    "one caption an image": Change("--captions-per-image 1"),
-    "coarse alone": Change("--local-weight 0"),
-    "fine alone": Change(loss_of=fine_alone),
-    "no intra-modal term": Change("--intra-margin 9"),
-    "beside": Change(to_run=partial(other_branches, reads="slots")),
-    "detached": Change(to_run=partial(other_branches, reads="detached")),
-    "no guide": Change("--guide none"),
-    "stand-in for CLIP": Change("--guide none", stand_in_for_clip),
-    "no queue": Change("--queue 0"),
-    "hinge": Change(loss_of=hinge_alone),
-    "mean first": Change(to_run=start_as_mean),
-    # What this project does otherwise than USER's released code, undone:
-    "fixed regions": Change("--fixed-regions 36"),
-    "reward floor": Change("--reward-floor"),
-    "batch unmasked": Change(loss_of=batch_unmasked),
-    "queue unmasked": Change(to_run=queue_unmasked),
-    "keys in training": Change(to_run=keys_in_training),
-    "cold momentum": Change(to_run=cold_momentum),
-    "full queue": Change(to_run=full_queue),
-    "shuffle": Change("--captions-per-image 1", shuffled),
-    "released rates": Change("--batch-size 128 --lr 5e-4 --momentum 0.999 --schedule step --drop-every 6 --keep model"),
-}
-AS_RELEASED = ("user, fixed regions, reward floor, batch unmasked, queue unmasked, keys in training, cold momentum, "
-               "full queue, shuffle, released rates")
-ONLY_PHOTOGRAPHS = ("stand-in for CLIP", "fixed regions")
-
-# Each idea: the arm with it, and the arm without it. An arm is searched two-stage, or by global alone if it has no
-# tokens; another way of searching stands behind a colon.
-CLAIMS = {
-    "1 one model: two-stage, or coarse alone": ("tgdt", "tgdt: global"),
-    "1 one model: coarse and fine, or fine alone": ("tgdt: mixed", "tgdt: local"),
-    "1 trained on both levels, or on coarse alone": ("tgdt", "tgdt, coarse alone: global"),
-    "1 trained on both levels, or on fine alone": ("tgdt", "tgdt, fine alone: local"),
-    "2 CMC with its intra-modal term, or without": ("tgdt", "tgdt, no intra-modal term"),
-    "2 its margin: 0.3, or 0.1": ("tgdt", "tgdt, --intra-margin 0.1"),
-    "2 the hinge's margin: 0.2, or 0.1": ("tgdt", "tgdt, --margin 0.1"),
-    "2 the hinge's margin: 0.2, or 0.4": ("tgdt", "tgdt, --margin 0.4"),
-    "3 a shortlist re-ranked, or everything": ("tgdt", "tgdt: mixed"),
-    "5 the global encoder reads the tokens, or what they are made of": ("tgdt", "tgdt, beside"),
-    "5 it reads the tokens, or the tokens without gradients": ("tgdt", "tgdt, detached"),
-    "6 SGE, or no guide": ("user", "user, no guide"),
-    "6 SGE, or no guide; twice the steps": ("user, longer", "user, no guide, longer"),
-    "6 CGE by a stand-in for CLIP, or SGE": ("user, stand-in for CLIP", "user"),
-    "7 UTO, or the hinge; both on the batch": ("user, no guide, no queue", "user, no guide, no queue, hinge"),
-    "7 the same, twice the steps": ("user, no guide, no queue, longer", "user, no guide, no queue, hinge, longer"),
-    "8 queues of 512, or none": ("user, no guide, --queue 512", "user, no guide, no queue"),
-    "8 queues of 2,048, or none": ("user, no guide", "user, no guide, no queue"),
-    "8 queues of 2,048, or none; twice the steps": ("user, no guide, longer", "user, no guide, no queue, longer"),
-    "8 queues of 8,192, or none": ("user, no guide, --queue 8192", "user, no guide, no queue"),
-    "9 true pairs masked in the batch, or not": ("user, no guide", "user, no guide, batch unmasked"),
-    "9 true pairs masked in the queue, or not": ("user, no guide", "user, no guide, queue unmasked"),
-    "10 the unified model, or TGDT": ("unified", "tgdt"),
-    "10 the unified model, or USER": ("unified", "user"),
-    "10 averaged: the unified model, or TGDT": ("unified, averaged", "tgdt, averaged"),
-    "10 averaged: the unified model, or USER": ("unified, averaged", "user, averaged"),
-    "10 averaged, twice the steps: the unified model, or TGDT": (
-        "unified, averaged, longer", "tgdt, averaged, longer"),
-    "10 averaged, twice the steps: the unified model, or USER": (
-        "unified, averaged, longer", "user, averaged, longer"),
-}
-OURS = {  # what we do otherwise than the released code, or have tried
-    "TGDT averaged at a constant rate, or the model at a falling one": ("tgdt, averaged", "tgdt"),
-    "the unified model averaged at a constant rate, or the model at a falling one": ("unified, averaged", "unified"),
-    "USER averaged at a constant rate, or the model at a falling one": ("user, no guide, averaged", "user, no guide"),
-    "USER averaged, or the model; both at a falling rate": (
-        "user, no guide, averaged, falling rate", "user, no guide"),
-    "SGE's statistics over all regions, or for each of 36": ("user", "user, fixed regions"),
-    "five captions of an image in a batch, or one": (
-        "user, no guide, averaged", "user, no guide, averaged, one caption an image"),
-    "GPO starts as the mean, or at random": ("user, no guide, averaged, mean first", "user, no guide, averaged"),
-    "a reward below 0, or none": ("user, no guide", "user, no guide, reward floor"),
-    "keys encoded in eval mode, or in training mode": ("user, no guide", "user, no guide, keys in training"),
-    "a momentum that grows, or a constant one": ("user, no guide", "user, no guide, cold momentum"),
-    "queues that start empty, or full of random keys": ("user, no guide", "user, no guide, full queue"),
-}
-
-
-def split_arm(text: str) -> tuple[str, str]:
-    """An arm of `CLAIMS` -> its name, and how it is searched."""
-    arm, _, search = text.partition(": ")
-    return arm, search or ("global" if arm.startswith("user") else "two_stage")
-
-
-ARMS = list(dict.fromkeys(split_arm(text)[0] for pair in (CLAIMS | OURS).values() for text in pair))
-
-
-def changes_of(arm: str) -> list[Change]:
-    """Raises BadInput if the arm has a model or a change that is not known."""
-    model, *names = arm.split(", ")
-    known = {"--": Change}
-    unknown = [name for name in names if name not in CHANGES and not name.startswith("--")]
-    if model not in MODELS or unknown:
-        raise BadInput(f"the arm {arm!r}: {(unknown or [model])[0]!r} is no model and no change; models: "
-                       f"{', '.join(MODELS)}; changes: {', '.join(CHANGES)}, or a flag")
-    return [Change(MODELS[model]), *(CHANGES[name] if name in CHANGES else Change(name) for name in names)]
-
-
 # --------------------------------------------------------------------------------------------------------- training
 
-COLUMNS = ["budget", "arm", "seed", "search", "i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum",
-           "seconds", "aligned"]
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "ablations.csv"
-SEARCHES = ("global", "local", "two_stage", "mixed")
+RECALLS = [(way, r) for way in ("i2t", "t2i") for r in ("r1", "r5", "r10")]
+COLUMNS = ["budget", "arm", "seed", "search", *(f"{way}_{r}" for way, r in RECALLS), "rsum", "seconds", "aligned"]
 LENGTHS, WEIGHTS = (10, 20, 50, 100, 200), (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
+def one(budget: str, arm: str, out: Path, argv: list[str]) -> int:
+    """Train an arm in the run folder `out`, or go on with it, and write out/results.csv. Returns the exit code.
+
+    A run whose model was changed can't be opened as a run folder of train.py: it is measured as it stands in memory.
+    """
+    matplotlib.use("Agg")
+    parts = changes_of(arm)
+    own = " ".join(part.flags for part in parts).split()
+    given, options = flags.parse([*BUDGETS[budget].split(), *argv, *own])
+    resume = (out / "checkpoint.pt").is_file()
+    try:
+        chosen = folder.read_settings(out) if resume else settings.make(given)
+        run, loss_of = training.set_up(chosen, out, options.device, resume, options.workers), train.batch_loss
+        for part in parts:
+            run, loss_of = part.to_run(run), part.loss_of or loss_of
+        if chosen.training.text_lr == chosen.text.noise == chosen.architecture.dropout == 0:
+            run = remember(run)
+        attention = sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" else nullcontext()  # as train.py does
+        with run.interrupt, run.bar, attention:
+            if not train.train(run, loss_of):
+                return 130
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run.kept.load_state_dict(folder.read_checkpoint(out / "best.pt")["model"])
+    write_rows(out / "results.csv", [{"budget": budget, "arm": arm, "seed": chosen.run.seed, **row}
+                                     for row in measure(run, more=arm in MODELS)])
+    return 0
+
+
+def measure(run: Run, more: bool = False) -> list[dict]:
+    """The rows of a trained run, on val: each way of searching, the halves of val, and the epochs.
+
+    more: also shortlists of several lengths, and several weights of the local similarity.
+    """
+    split, options = run.splits["val"], report.search_options(run.settings)
+    result, images, texts = report.measure(run.kept, split, run.words["val"], run.settings, run.device, run.precision)
+    ways = [way for way in ("global", "local", "two_stage", "mixed") if way in result]
+    rows = [row(way, result[way], result["seconds"][way]) for way in ways]
+    if "alignment" in result:
+        rows[1]["aligned"] = number(result["alignment"]["aligned"])
+    image_of, middle = torch.as_tensor(split.image_of), len(images) // 2
+    for half, start, end in (("first half", 0, middle), ("second half", middle, len(images))):
+        inside = (image_of >= start) & (image_of < end)
+        found = retrieve.evaluate(images[start:end], texts[inside.nonzero()[:, 0]], image_of[inside] - start,
+                                  exhaustive=False, **options)
+        rows += [row(f"{way}, {half}", found[way]) for way in ways if way in found]
+    if more and texts.tokens is not None:
+        given = {name: options[name] for name in ("weight", "reduction")}
+        rows += [row(f"shortlist {short['k']}", short, short["seconds"])
+                 for short in report.shortlists(images, texts, split.image_of, LENGTHS, **given)]
+        for weight in WEIGHTS:
+            found = retrieve.evaluate(images, texts, split.image_of, exhaustive=False, **options | {"weight": weight})
+            rows.append(row(f"weight {weight:g}", found["two_stage"]))
+    for line in run.history:
+        rows.append(row(f"epoch {line['epoch']}", report.final(line["val"]), line["seconds"]))
+        if "val_model_rsum" in line:
+            rows.append(row(f"epoch {line['epoch']}, the model itself", {"rsum": line["val_model_rsum"]}))
+    return rows
+
+
+def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
+    """Train the arms one after the other, each in a process of its own with a log in its folder."""
+    arms = args.arms or (MODELS if args.budget == "flickr8k-full" else ARMS)
+    if not args.arms and args.budget == "scenes":
+        arms = [arm for arm in arms if not any(name in arm for name in ONLY_PHOTOGRAPHS)]
+    for seed in args.seeds:
+        for arm in arms:
+            out = args.out / args.budget / re.sub("[^a-z0-9.]+", "-", f"{arm} {seed}".lower())
+            if (out / "results.csv").is_file():
+                continue
+            out.mkdir(parents=True, exist_ok=True)
+            call = [sys.executable, __file__, "one", args.budget, arm, str(out), *more_flags, "--seed", str(seed)]
+            started = time.perf_counter()
+            with open(out / "log.txt", "ab") as log:
+                code = subprocess.run(call, stdout=log, stderr=log).returncode
+            told = f"FAILED ({code}), see {out / 'log.txt'}" if code else "done"
+            print(f"{arm}, seed {seed}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- results file
+
+
+def row(search: str, metrics: dict, seconds: float | None = None) -> dict:
+    """A row of the results file, without budget, arm and seed."""
+    recalls = {f"{way}_{r}": number(metrics[way][r]) for way, r in RECALLS if way in metrics}
+    return {"search": search, **recalls, "rsum": number(metrics["rsum"]), "seconds": number(seconds, 6)}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}".rstrip("0").rstrip(".")
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def add_results(new: list[dict]) -> None:
+    """Add rows to the results file. The old rows of the same run (budget, arm, seed) go."""
+    def run(row: dict) -> tuple:
+        return row["budget"], row["arm"], int(row["seed"])
+
+    again = {run(row) for row in new}
+    kept = [row for row in read_rows(RESULTS) if run(row) not in again]
+    write_rows(RESULTS, sorted(kept + new, key=run))
+
+
+def by_seed(rows: list[dict], budget: str, arm: str, search: str) -> dict[int, dict]:
+    """The row of each seed of an arm, searched in one way."""
+    return {int(row["seed"]): row for row in rows
+            if (row["budget"], row["arm"], row["search"]) == (budget, arm, search)}
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # seeds -> the 97.5 % point of Student's t; smaller for more
+
+
+def verdict(gains: list[float]) -> str:
+    """What the differences seed by seed show: does Student's 95 % interval of their mean exclude 0?"""
+    if len(gains) < 2:
+        return "too few seeds"
+    mean = statistics.mean(gains)
+    reach = STUDENT.get(len(gains), STUDENT[6]) * statistics.stdev(gains) / len(gains) ** 0.5
+    if abs(mean) <= reach:
+        return f"not shown (interval {mean - reach:+.1f} to {mean + reach:+.1f})"
+    return "yes" if mean > 0 else "no: it costs"
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and standard deviation over the seeds."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
+
+
+def compare(rows: list[dict], budget: str, ideas: dict) -> dict[str, list[tuple[dict, dict]]]:
+    """The ideas of which both arms are trained: for each seed a pair of rows, with the idea and without."""
+    found = {}
+    for idea, (with_it, without) in ideas.items():
+        a, b = (by_seed(rows, budget, *split_arm(text)) for text in (with_it, without))
+        if seeds := sorted(a.keys() & b.keys()):
+            found[idea] = [(a[seed], b[seed]) for seed in seeds]
+    return found
+
+
+def gains_in(column: str, pairs: list[tuple[dict, dict]]) -> list[float]:
+    return [float(a[column]) - float(b[column]) for a, b in pairs]
+
+
+def print_table(*titles: str, rows: list[list]) -> None:
+    print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    for cells in rows:
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print all tables, budget by budget, in Markdown."""
+    if args.out:
+        add_results([row for path in sorted(args.out.glob("*/*/results.csv")) for row in read_rows(path)])
+    rows = read_rows(RESULTS)
+    for budget in BUDGETS:
+        if not any(row["budget"] == budget for row in rows):
+            continue
+        print(f"\n**{budget}, val**")
+        for title, ideas in (("claim", CLAIMS), ("what we do otherwise", OURS)):
+            if found := compare(rows, budget, ideas):
+                print_table(title, "first", "second", "rsum gained", "R@1 image to text", "R@1 text to image",
+                            "shown?", "seeds", rows=[claim(idea, pairs) for idea, pairs in found.items()])
+        if args.draw and (found := compare(rows, budget, CLAIMS)):
+            draw(budget, found, HERE.parent / "docs" / f"claims-{budget}.png")
+        print_arms(rows, budget)
+        print_searches(rows, budget)
+        if args.courses:
+            print_courses(rows, budget)
+    if speeds := [row for row in rows if row["budget"] == "speed"]:
+        slowest = max(float(row["seconds"]) for row in speeds)
+        print_table("11 search, 1,000 images of 36 regions", "ms a caption", "times as fast", rows=[
+            [row["arm"], f"{1000 * float(row['seconds']):.2f}", f"{slowest / float(row['seconds']):.0f}"]
+            for row in speeds])
+
+
+def claim(idea: str, pairs: list[tuple[dict, dict]]) -> list[str | int]:
+    gains = gains_in("rsum", pairs)
+    sides = [spread([float(pair[side]["rsum"]) for pair in pairs]) for side in (0, 1)]
+    return [idea, *sides, *(spread(gains_in(column, pairs), "+") for column in ("rsum", "i2t_r1", "t2i_r1")),
+            verdict(gains), len(pairs)]
+
+
+def print_arms(rows: list[dict], budget: str) -> None:
+    """Every arm that is trained, with its recall, mean ± standard deviation over the seeds."""
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["budget"] == budget):
+        for search in dict.fromkeys(("global", split_arm(arm)[1])):
+            if found := list(by_seed(rows, budget, arm, search).values()):
+                columns = [spread([float(row[column]) for row in found]) for column in COLUMNS[4:11]]
+                lines.append([arm, search, " / ".join(columns[:3]), " / ".join(columns[3:6]), columns[6], len(found)])
+    print_table("arm", "search", "image to text R@1 / 5 / 10", "text to image R@1 / 5 / 10", "rsum", "seeds",
+                rows=lines)
+
+
+def print_searches(rows: list[dict], budget: str) -> None:
+    """Claims 3 and 4, for models with tokens: the length of the shortlist, and the weight of the local similarity."""
+    for model in MODELS:
+        whole = by_seed(rows, budget, model, "mixed")
+        lines = []
+        for k in LENGTHS:
+            short = by_seed(rows, budget, model, f"shortlist {k}")
+            pairs = [(short[seed], whole[seed]) for seed in short]
+            if pairs:
+                faster = [float(b["seconds"]) / float(a["seconds"]) for a, b in pairs]
+                lines.append([k, spread([float(a["rsum"]) for a, _ in pairs]), *(
+                    spread(gains_in(column, pairs), "+") for column in ("rsum", "i2t_r1", "t2i_r1")), spread(faster)])
+        if lines:
+            print_table(f"3 shortlist ({model})", "rsum", "against all", "R@1 image to text", "R@1 text to image",
+                        "times as fast", rows=[["all", spread([float(row["rsum"]) for row in whole.values()]),
+                                                "", "", "", "1.0"], *lines])
+            found = [by_seed(rows, budget, model, f"weight {weight:g}").values() for weight in WEIGHTS]
+            print_table(f"4 weight of local ({model})", *(f"{weight:g}" for weight in WEIGHTS), rows=[
+                ["two-stage rsum", *(spread([float(row["rsum"]) for row in of_weight]) for of_weight in found)]])
+
+
+def print_courses(rows: list[dict], budget: str) -> None:
+    """Val rsum after each epoch, of what is kept, and in brackets of the model itself if that is something else."""
+    lines = {}
+    for row in rows:
+        if row["budget"] == budget and row["search"].startswith("epoch"):
+            courses = lines.setdefault((row["arm"], row["seed"]), [])
+            if row["search"].endswith("the model itself"):
+                courses[-1] += f" ({float(row['rsum']):.1f})"
+            else:
+                courses.append(f"{float(row['rsum']):.1f}")
+    print_table("arm", "seed", "rsum after each epoch", rows=[[*run, ", ".join(each)] for run, each in lines.items()])
+
+
+def draw(budget: str, found: dict, path: Path) -> None:
+    """A dot a seed, and a bar for the mean: how much each idea adds in rsum. Needs three seeds of an idea."""
+    lines = [(idea, gains_in("rsum", pairs)) for idea, pairs in found.items() if len(pairs) > 2]
+    figure, axis = plt.subplots(figsize=(9, 0.42 * len(lines) + 1.2))
+    for place, (_, gains) in enumerate(reversed(lines)):
+        mean = statistics.mean(gains)
+        axis.barh(place, mean, color="#1a9850" if mean > 0 else "#d73027", alpha=0.35)
+        axis.plot(gains, [place] * len(gains), "o", color="black", markersize=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(lines)), [idea for idea, _ in reversed(lines)])
+    axis.set(xlabel="difference in val rsum, the first less the second (a dot a seed)", title=budget)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+def cross_attention(words: Tensor, regions: Tensor) -> Tensor:
+    """A matcher by cross-attention, text to image (SCAN): each word attends to the regions, and is compared with that.
+
+    words [n, D] of one caption, regions [I, R, D], all of unit length -> similarities [I].
+    """
+    dots = F.normalize((regions @ words.T).relu(), dim=2)                       # [I, R, n]
+    found = (9 * dots).softmax(1).transpose(1, 2) @ regions                     # [I, n, D]
+    return F.cosine_similarity(found, words[None], dim=2).mean(1)
+
+
+def speed() -> None:
+    """Time a caption takes: 1,000 images of 36 regions, captions of 12 words, D 1024, tokens and vectors ready."""
+    g = torch.Generator().manual_seed(0)
+
+    def unit(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, generator=g), dim=-1)
+
+    regions, words = unit(1000, 36, 1024), unit(200, 12, 1024)
+    images = retrieve.Embeddings("image", unit(1000, 1024), regions, torch.ones(1000, 36, dtype=torch.bool))
+    texts = retrieve.Embeddings("text", unit(200, 1024), words, torch.ones(200, 12, dtype=torch.bool))
+
+    def timed(work: Callable, captions: int) -> float:
+        work()
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) / captions
+
+    seconds = {"cross-attention": timed(lambda: [cross_attention(words[c], regions) for c in range(10)], 10),
+               "two-stage (TGDT), shortlist of 100": timed(
+                   lambda: retrieve.search(texts, images, 100, 10.0, "mean"), 200),
+               "coarse alone (USER)": timed(lambda: retrieve.nearest(texts.globals, images.globals, 100), 200)}
+    add_results([{"budget": "speed", "arm": name, "seed": 0, "seconds": number(value, 6)}
+                 for name, value in seconds.items()])
+    for name, value in seconds.items():
+        print(f"{name:36}{1000 * value:10.3f} ms a caption{seconds['cross-attention'] / value:10.1f} times as fast")
+
+
+def main() -> int:
+    matplotlib.use("Agg")
+    if sys.argv[1:2] == ["one"]:
+        return one(sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "speed", "table"))
+    parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument("--budget", choices=BUDGETS, default="scenes")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--arms", type=lambda text: [part.strip() for part in text.split(";")],
+                        help="some arms, separated by semicolons; all: " + "; ".join(ARMS))
+    parser.add_argument("--courses", action="store_true", help="print rsum after each epoch, too")
+    parser.add_argument("--draw", action="store_true", help="draw the claims into docs/")
+    args, more_flags = parser.parse_known_args()
+    if args.command == "speed":
+        speed()
+    elif args.command == "table":
+        table(args)
+    else:
+        try:
+            for arm in args.arms or ():
+                changes_of(arm)
+        except BadInput as error:
+            parser.error(str(error))
+        if not args.out:
+            parser.error("train needs --out")
+        train_all(args, more_flags)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

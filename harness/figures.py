@@ -14,15 +14,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import data
+from sources.files import write_whole
 
 RIGHT, WRONG, QUIET = "#1a9850", "#d73027", "#888888"
 
 
 def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.stem + ".partial" + path.suffix)
-    figure.savefig(partial, dpi=110, bbox_inches="tight")
-    partial.replace(path)
+    """Write a picture of the kind that the ending of its name says, and forget the figure."""
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110, bbox_inches="tight"))
     plt.close(figure)
 
 

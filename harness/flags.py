@@ -1,4 +1,4 @@
-"""The command line of `train.py`: one flag a setting, in the groups of `harness/settings.py`.
+"""The flags of both command lines. Those of `train.py` are made from the groups of `harness/settings.py`.
 
 Nothing here imports torch, so that --help comes at once.
 """
@@ -24,6 +24,18 @@ Train a model, evaluate it, and leave everything in a run folder.
   python train.py --model user          USER; tgdt-user is both papers in one
 
 Ctrl-C saves the run and stops it; --resume goes on with it."""
+
+ABOUT_SEARCH = """\
+Evaluate a trained run, make an index of a corpus, search either.
+
+  python retrieve.py evaluate RUN       recall, both directions
+  python retrieve.py index RUN --out INDEX
+                                        encode a split once, search it often
+  python retrieve.py search RUN_OR_INDEX "a red ring"
+                                        the images that fit a caption best
+  python retrieve.py search RUN_OR_INDEX --image FILE
+                                        the captions that fit an image best"""
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,3 +120,60 @@ def parse(argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
         if given[name] and (name in ("data_root", "cache") or os.path.exists(given[name])):
             given[name] = os.path.abspath(given[name])
     return given, options
+
+
+# ------------------------------------------------------------------------------------------------- retrieve.py
+
+
+def lengths(text: str) -> list[int]:
+    """An option's "10,20,50" -> [10, 20, 50]."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return sorted(set(values))
+
+
+def search_parser() -> Parser:
+    """The parser of `retrieve.py`: evaluate, index, search."""
+    out = Parser(prog="retrieve.py", description=ABOUT_SEARCH)
+    commands = out.add_subparsers(required=True, dest="command", metavar="evaluate | index | search")
+    shared = Parser(add_help=False)
+    shared.add_argument("--split", choices=("train", "val", "test"),
+                        help="which split (default test, val where there is none)")
+    shared.add_argument("--data-root", type=Path, metavar="DIR", help="the data, if no longer where it was trained on")
+    shared.add_argument("--region-weights", metavar="FILE", help="likewise the weights of the network for regions")
+    shared.add_argument("--clip-model", metavar="FOLDER", help="likewise the CLIP")
+    shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
+    one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
+                              description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
+    one.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
+    one.add_argument("--dtype", choices=DTYPES, default="float32",
+                     help="how tokens are stored while searching (default float32)")
+    one.add_argument("--shortlist", type=lengths, metavar="K,K,...",
+                     help="two-stage recall and time for these lengths of the shortlist, drawn as a picture")
+    one.add_argument("--save", type=Path, metavar="PICTURE.png", help="that picture (default RUN/shortlist.png)")
+    two = commands.add_parser("index", parents=[shared], help="encode a split once, to be searched again and again",
+                              description="Write an index: all pictures and captions of a split, encoded.")
+    two.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
+    two.add_argument("--out", type=Path, metavar="INDEX", required=True, help="the index, a folder")
+    two.add_argument("--images", type=Path, metavar="FOLDER",
+                     help="index the pictures in this folder instead of a split; wants a run trained on pictures")
+    two.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
+    two.add_argument("--workers", type=workers, metavar="N", default=0,
+                     help="processes that decode pictures (default: one a core)")
+    two.add_argument("--dtype", choices=DTYPES, default="float16",
+                     help="how tokens are stored (default float16)")
+    three = commands.add_parser("search", parents=[shared], help="find pictures by a caption, or captions by a picture",
+                                description="Search a split or an index with your own words, or with a picture.")
+    three.add_argument("run", type=Path, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
+    query = three.add_mutually_exclusive_group(required=True)
+    query.add_argument("caption", nargs="?", help="a caption to find pictures for")
+    query.add_argument("--queries", type=Path, metavar="FILE", help="a file of captions, one a line")
+    query.add_argument("--image", metavar="FILE",
+                       help="a picture to find captions for: one of the split's, by name or row; or, for a run that "
+                       "was trained on pictures or on scenes, any file")
+    three.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
+    three.add_argument("--json", action="store_true", help="a line of JSON a query, for programs")
+    three.add_argument("--save", type=Path, metavar="PICTURE.png", help="draw what was found")
+    three.add_argument("--from-run", type=Path, metavar="RUN", help="the index's run, if no longer where it was")
+    return out

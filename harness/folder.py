@@ -5,12 +5,16 @@ weights, so that it can be moved to another machine and searched there.
 """
 from __future__ import annotations
 
+import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+import data
 from harness import models
 from harness import settings as settings_
 from harness.settings import Settings
@@ -50,21 +54,37 @@ def read_settings(folder: Path) -> Settings:
     return settings_.read(folder / "settings.json")
 
 
-def resumed_settings(folder: Path, given: dict) -> Settings:
-    """The settings to go on with: those of the run in `folder`.
+MAY_CHANGE = ("data_root", "cache", "region_weights", "clip_model", "skip_bad")  # where things lie, not what they are
 
-    given: what the command line says, by field name. Raises BadInput if it disagrees, but for a larger `epochs`.
+
+def resumed_settings(folder: Path, given: dict) -> Settings:
+    """The settings to go on with: those of the run in `folder`, with what may change taken from `given`.
+
+    given: what the command line says, by field name; None means not given. Files may have moved, and more epochs may
+    be asked for. Raises BadInput if anything else differs.
     """
     values = settings_.flat(read_settings(folder))
+    if not (folder / "checkpoint.pt").is_file() and (folder / "best.pt").is_file():
+        raise BadInput(f"{folder / 'checkpoint.pt'}: missing, so the run cannot go on; best.pt can still be searched")
     for name, value in given.items():
         before = values[name]
         if value is None or value == before:
             continue
-        if name != "epochs" or value < before:
+        if name not in MAY_CHANGE and (name != "epochs" or value < before):
             raise BadInput(f"{folder} holds a run with {settings_.flag(name)} {before}, not {value}: resume it with "
                            "its own settings (more --epochs are allowed), or give another --out")
         values[name] = value
     return settings_.from_flat(values)
+
+
+def check_settings(path: Path, checkpoint: dict, settings: Settings) -> None:
+    """Raises BadInput if a checkpoint belongs to other settings than those in settings.json."""
+    for group, inside in asdict(settings).items():
+        for name, value in inside.items():
+            before = checkpoint["settings"].get(group, {}).get(name)
+            if before != value and name not in (*MAY_CHANGE, "epochs", "regions"):
+                raise BadInput(f"{path} was made with {settings_.flag(name)} {before}, but settings.json beside it "
+                               f"says {value}")
 
 
 def open_run(folder: Path) -> Opened:
@@ -74,6 +94,7 @@ def open_run(folder: Path) -> Opened:
     """
     settings, path = read_settings(folder), best_checkpoint(folder)
     checkpoint = read_checkpoint(path)
+    check_settings(path, checkpoint, settings)
     bert = BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False)
     clip_dim = (checkpoint["seen"]["clip"] or {}).get("dim", 0)
     model = models.build(settings, bert, checkpoint["feature_dim"], clip_dim)
@@ -93,3 +114,14 @@ def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
     if feature_dim != checkpoint["feature_dim"]:
         raise BadInput(f"{folder} was trained on region features of {checkpoint['feature_dim']} numbers, the data has "
                        f"{feature_dim}")
+
+
+def fingerprint(split: data.Split) -> str:
+    """What tells one training split from another: its captions, and the features of a few of its images."""
+    hashed = hashlib.blake2b(digest_size=16)
+    hashed.update("\n".join(split.captions).encode("utf8", "surrogateescape"))
+    hashed.update(np.asarray(split.image_of, np.int64).tobytes())
+    for row in sorted({*range(0, len(split.features), max(1, len(split.features) // 16)), len(split.features) - 1}):
+        for array in split.features.read([row]):
+            hashed.update(np.ascontiguousarray(array).tobytes())
+    return hashed.hexdigest()

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 import data
-from harness import figures, flags, folder, models, pictures, report
+from harness import console, figures, flags, folder, models, pictures, report
 from harness import settings as settings_
 from harness.settings import Settings
 from sources.files import BadInput, write_whole
@@ -28,6 +29,7 @@ from user import MomentumContrast
 
 SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 LOOK_EVERY = 10   # steps between two looks at the loss
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -63,13 +65,17 @@ class Run:
         """Take the optimizer in, and go back to where the last checkpoint was, if there is one."""
         self.optimizer = optimizer
         if self.last:
-            for name, part in self.parts().items():
-                part.load_state_dict(self.last[name])
-            for name in ("epoch", "step", "losses", "history"):
-                setattr(self, name, self.last[name])
-            torch.set_rng_state(self.last["rng"])
+            try:
+                for name, part in self.parts().items():
+                    part.load_state_dict(self.last[name])
+                for name in ("epoch", "step", "losses", "history"):
+                    setattr(self, name, self.last[name])
+                torch.set_rng_state(self.last["rng"])
+            except (KeyError, RuntimeError, ValueError, TypeError) as error:
+                raise BadInput(f"{self.out / 'checkpoint.pt'}: not a checkpoint of this model ({error})") from error
             if self.device.type == "cuda" and "cuda_rng" in self.last:
                 torch.cuda.set_rng_state(self.last["cuda_rng"])
+            self.write_history()  # a kill may have come between the checkpoint and this file
         self.bar.update(self.epoch * self.steps_per_epoch + self.step)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
@@ -98,8 +104,10 @@ class Run:
         if self.step % LOOK_EVERY == 0 or self.step == self.steps_per_epoch:
             self.losses.append(loss.item() / (1 if self.settings.run.model == "user" else pairs))
             if not math.isfinite(self.losses[-1]):
+                kept = self.out / "checkpoint.pt"
                 raise BadInput(f"the loss is {self.losses[-1]} at epoch {self.epoch + 1}, step {self.step}: training "
-                               f"diverged; try a smaller --lr. {self.out / 'checkpoint.pt'} holds the last good state")
+                               f"diverged, try a smaller --lr. "
+                               + (f"{kept} holds the last good state" if kept.is_file() else "Nothing was kept"))
             self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{self.losses[-1]:.3f}")
         if self.interrupt.seen or time.perf_counter() - self.saved > SAVE_EVERY:
             self.save()
@@ -125,11 +133,14 @@ class Run:
                                    "model": self.kept.state_dict()}
             write_whole(self.out / "best.pt", lambda file: torch.save(state, file))
         self.save()
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write_whole(self.out / "history.jsonl", lambda file: file.write(lines.encode()))
+        self.write_history()
         figures.curves(self.history, self.out / "curves.png")
         tqdm.write(f"epoch {self.epoch:3d}  loss {line['loss']:.3f}  val R@1 {final['i2t']['r1']:.1f} / "
                    f"{final['t2i']['r1']:.1f}  rsum {final['rsum']:.1f}{'  best' if best else ''}")
+
+    def write_history(self) -> None:
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_whole(self.out / "history.jsonl", lambda file: file.write(lines.encode()))
 
     # ---------------------------------------------------------------------------------------------------- its parts
 
@@ -158,13 +169,14 @@ class Run:
 
 
 class Interrupt:
-    """Notes Ctrl-C or SIGTERM, so that the loop stops after the current step. A second Ctrl-C stops at once."""
+    """Notes Ctrl-C, SIGTERM or a closed terminal, so that the loop stops after the current step. A second one stops
+    at once."""
 
     def __init__(self):
         self.seen = False
 
     def __enter__(self) -> Interrupt:
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
         return self
 
     def note(self, number: int, frame: object) -> None:
@@ -178,22 +190,27 @@ class Interrupt:
 
 
 def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0) -> Run:
-    """Load the data, the text encoder and the features, and build the model.
+    """Load the data, the text encoder and the features, and build the model. Writes settings.json first.
 
     Raises BadInput if data, a text encoder, a CLIP, a checkpoint or a folder cannot be used.
     """
     where, precision = models.resolve(device, settings.run.precision)
     torch.manual_seed(settings.run.seed)
+    last = folder.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
+    if last:
+        folder.check_settings(out / "checkpoint.pt", last, settings)
     root = settings.run.data_root
     splits = data.load(settings.run.dataset, Path(root) if root else None, regions=settings.pictures.regions,
                        split_seed=settings.pictures.split_seed)
     settings.pictures.regions = pictures.kind(settings, splits)
-    last = folder.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
     bert, tokenizer = models.text_encoder(settings)
+    settings_.write(out / "settings.json", settings)  # before the features, which take long, so that --resume works
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])
-    feature_dim = splits["train"].features.dim
+    feature_dim, train_data = splits["train"].features.dim, folder.fingerprint(splits["train"])
     if last:
         folder.check_features(out, last, feature_dim)
+        if last["train_data"] != train_data:
+            raise BadInput(f"{out} was trained on other captions or features than those in {root or 'the scenes'} now")
     fixed, found = settings.enhancement.fixed_regions, splits["train"].features.read([0])[0].shape[1]
     if fixed not in (0, found):
         raise BadInput(f"--fixed-regions {fixed}: the data has {found} regions an image; 0 takes any number of them")
@@ -202,10 +219,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     if queue or settings.momentum.keep == "momentum":
         momentum = MomentumContrast(model, settings.architecture.dim, queue, settings.momentum.momentum).to(where)
     words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    settings_.write(out / "settings.json", settings)
     tokenizer.save_pretrained(out / "tokenizer")
-    inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict()}
+    inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict(), "train_data": train_data}
     return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last)
 
 
@@ -213,29 +228,44 @@ def main(train: Callable[[Run], bool], argv: list[str] | None = None) -> int:
     """The command line of `train.py`, whose loop is `train`. Returns the exit code."""
     given, options = flags.parse(argv)
     matplotlib.use("Agg")  # a run draws into files, also where there is no screen
-    try:
-        settings = settings_.make(given)
-        if options.print_settings:
-            print(json.dumps(asdict(settings), indent=2))
-            return 0
-        out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
+    return console.run_command(lambda: command(train, given, options))
+
+
+def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
+    settings = settings_.make(given)
+    if options.print_settings:
+        print(json.dumps(asdict(settings), indent=2))
+        return 0
+    out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
+    with console.locked(out):
         if options.resume:
             settings = folder.resumed_settings(out, given)
-        elif (out / "settings.json").exists() or (out / "checkpoint.pt").exists():
+        elif any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt")):
             raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
-        run = set_up(settings, out, options.device, options.resume, options.workers)
-        # On a processor the fused attention has a slow backward pass; without it a step takes up to a fifth less.
-        attention = sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" else nullcontext()
-        with run.interrupt, run.bar, attention:
-            finished = train(run)
+        try:
+            run = set_up(settings, out, options.device, options.resume, options.workers)
+            finished = train_guarded(train, run)
+        except BadInput:
+            if not options.resume and not (out / "checkpoint.pt").is_file():  # nothing to go on from
+                (out / "settings.json").unlink(missing_ok=True)
+                shutil.rmtree(out / "tokenizer", ignore_errors=True)
+            raise
         if not finished:
             print(f"stopped at epoch {run.epoch + 1}, step {run.step}; go on with --resume --out {out}")
             return 130
         model = folder.open_run(out).model.to(run.device)
         report.report(model, run.splits, run.words, run.tokenizer, settings, out, run.device, run.precision)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
+
+
+def train_guarded(train: Callable[[Run], bool], run: Run) -> bool:
+    """Train; if nobody reads the output any more, save before the error goes on."""
+    # On a processor the fused attention has a slow backward pass; without it a step takes up to a fifth less.
+    attention = sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" else nullcontext()
+    with run.interrupt, run.bar, attention:
+        try:
+            return train(run)
+        except OSError as error:
+            if error.errno in console.CLOSED:
+                run.save()
+            raise

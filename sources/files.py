@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 
 class BadInput(ValueError):
     """Something that the user gave is wrong. The message is one clear line for people."""
@@ -77,6 +75,8 @@ def read_weights(path: Path, expected: str, allowed: Sequence[type] = ()) -> obj
     expected: what the file should be, for the message. allowed: classes that it may hold besides tensors, numbers,
     texts, lists and dictionaries. Raises BadInput if the file is missing or is anything else.
     """
+    import torch  # here, so that --help need not wait for it
+
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file, expected {expected}")
     try:

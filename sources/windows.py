@@ -37,10 +37,7 @@ def halved(pictures: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def integral(maps: np.ndarray) -> np.ndarray:
-    """The integral image: at each corner the sum of all pixels above and to the left of it.
-
-    [n, 64, 64, C] -> [n, 65, 65, C + 1]. The last channel counts the pixels.
-    """
+    """Sums of all pixels above and left of each corner, and their count: [n, 64, 64, C] -> [n, 65, 65, C + 1]."""
     table = np.zeros((len(maps), HALF + 1, HALF + 1, maps.shape[-1] + 1), np.int32)
     table[:, 1:, 1:, :-1], table[:, 1:, 1:, -1] = maps, 1
     np.cumsum(table, 1, out=table)
@@ -48,10 +45,7 @@ def integral(maps: np.ndarray) -> np.ndarray:
 
 
 def sums(table: np.ndarray, boxes: np.ndarray, parts: int = 1) -> np.ndarray:
-    """Sums over the parts x parts cells of each box, from an integral image.
-
-    boxes [n or 1, K, 4] -> [n, K, parts, parts, channels].
-    """
+    """Sums over the parts x parts cells of each box: boxes [n or 1, K, 4] -> [n, K, parts, parts, channels]."""
     low, high = boxes[..., None, :2], boxes[..., None, 2:]
     x, y = np.moveaxis(low + (high - low) * np.arange(parts + 1)[:, None] // parts, -1, 0)
     picture = np.arange(len(table))[:, None, None, None]
@@ -89,10 +83,7 @@ def propose(pictures: np.ndarray) -> np.ndarray:
 
 
 def edges(halves: np.ndarray) -> np.ndarray:
-    """The strength of the edge at each pixel, in the channel of its direction: [n, 64, 64, 3] -> [n, 64, 64, 8].
-
-    Of the three colours the one with the strongest edge counts.
-    """
+    """Edge strength by direction, of the colour with the strongest edge: [n, 64, 64, 3] -> [n, 64, 64, 8]."""
     dx, dy = np.zeros_like(halves), np.zeros_like(halves)
     dx[:, :, 1:-1], dy[:, 1:-1] = halves[:, :, 2:] - halves[:, :, :-2], halves[:, 2:] - halves[:, :-2]
     best = (abs(dx) + abs(dy)).argmax(-1)[..., None]

@@ -1,6 +1,5 @@
-"""index.py and the search command line: an index gives what the run gives, and survives kills and changes."""
+"""The index and the search command line: an index gives what the run gives, and survives kills and changes."""
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import index
 import retrieve
 import train
-from files import BadInput
-from twostage import Embeddings, cumulated, search
+from harness import index
+from harness import search as command_line
+from retrieve import Embeddings, search
+from sources.files import BadInput
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -29,6 +29,11 @@ def sides() -> dict[str, Embeddings]:
 IDENTITY = {"checkpoint": "abc", "run": "runs/x", "split": "test", "dtype": "float32", "dim": 8, "tokens": True}
 
 
+def names_of(counts: dict) -> dict:
+    return {"images": [f"image {row}" for row in range(counts["image"])],
+            "captions": [f"caption {row}" for row in range(counts["text"])], "image_of": [0] * counts["text"]}
+
+
 def build(out: Path, sides: dict, calls: list | None = None, **changes: object) -> dict:
     def encode(kind: str, items: np.ndarray) -> Embeddings:
         if calls is not None:
@@ -36,7 +41,7 @@ def build(out: Path, sides: dict, calls: list | None = None, **changes: object) 
         return sides[kind][torch.from_numpy(items)]
 
     counts = {kind: len(side) for kind, side in sides.items()}
-    return index.build(out, IDENTITY | changes, counts, encode, {"images": ["a"]}, faiss="never")
+    return index.build(out, IDENTITY | changes, counts, encode, names_of(counts))
 
 
 @pytest.mark.parametrize("block", [2, 1024])
@@ -46,11 +51,11 @@ def test_an_index_holds_what_was_encoded(sides, tmp_path, monkeypatch, block, dt
     build(tmp_path / "index", sides, dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     opened = index.load(tmp_path / "index")
-    assert opened.names == {"images": ["a"]} and opened.manifest["checkpoint"] == "abc"
+    assert opened.names["images"][4] == "image 4" and opened.manifest["checkpoint"] == "abc"
     for ours, side in ((opened.images, sides["image"]), (opened.texts, sides["text"])):
         assert torch.equal(ours.globals, side.globals)
-        assert torch.equal(ours.tokens, side.tokens[side.mask].to(index.DTYPES[dtype]))
-        assert torch.equal(ours.offsets, cumulated(side.mask.sum(1)))
+        assert torch.equal(ours.tokens, side.tokens.to(index.DTYPES[dtype]))
+        assert torch.equal(ours.offsets, side.offsets)
     half = {kind: side.to(dtype=index.DTYPES[dtype]) for kind, side in sides.items()}
     for a, b, c, d in ((opened.texts, opened.images, half["text"], half["image"]),
                        (opened.images, opened.texts, half["image"], half["text"])):
@@ -72,7 +77,7 @@ class Killed(BaseException):
 def test_a_kill_leaves_the_old_index_and_the_next_attempt_goes_on(sides, tmp_path, monkeypatch, after):
     monkeypatch.setattr(index, "BLOCK", 2)
     out, calls = tmp_path / "index", []
-    old = {kind: Embeddings(kind, -side.globals, side.tokens, side.mask) for kind, side in sides.items()}
+    old = {kind: Embeddings(kind, -side.globals, side.tokens, None, side.offsets) for kind, side in sides.items()}
     build(out, old, checkpoint="old")
 
     class Failing(dict):
@@ -85,13 +90,15 @@ def test_a_kill_leaves_the_old_index_and_the_next_attempt_goes_on(sides, tmp_pat
         build(out, Failing(sides), calls)
     assert index.load(out).manifest["checkpoint"] == "old"
     assert torch.equal(index.load(out).images.globals, -sides["image"].globals)
-    with open(out.with_name("index.partial") / "image.tokens", "ab") as file:
+    growing = out.with_name(".index.index-in-progress")
+    growing.mkdir(exist_ok=True)
+    with open(growing / "image.tokens", "ab") as file:
         file.write(b"half a block")  # written, but not yet safe when the kill came
     again = []
     build(out, sides, again)
     assert calls[:after] + again == [*calls[:after], *every_call(sides)[after:]]
     opened = index.load(out)
-    assert torch.equal(opened.images.tokens, sides["image"].tokens[sides["image"].mask])
+    assert torch.equal(opened.images.tokens, sides["image"].tokens)
     assert torch.equal(opened.texts.globals, sides["text"].globals)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
@@ -132,7 +139,7 @@ def test_what_another_checkpoint_began_is_not_gone_on_with(sides, tmp_path, monk
         return sides[kind][torch.from_numpy(items)]
 
     with pytest.raises(Killed):
-        index.build(out, IDENTITY, {"image": 5, "text": 9}, encode, {})
+        index.build(out, IDENTITY, {"image": 5, "text": 9}, encode, names_of({"image": 5, "text": 9}))
     build(out, sides, calls, checkpoint="other")
     assert calls == every_call(sides)
 
@@ -156,35 +163,48 @@ def test_damage_is_named(sides, tmp_path):
         build(folder, sides)
 
 
-def test_faiss_takes_over_stage_1(sides, tmp_path):
-    pytest.importorskip("faiss")
-    many = {"image": Embeddings("image", unit(3000, 8, seed=0)), "text": Embeddings("text", unit(500, 8, seed=1))}
-    counts = {kind: len(side) for kind, side in many.items()}
+def test_what_is_not_ours_is_never_touched(sides, tmp_path):
+    """Folders beside the index with telling names, and a second program that writes the same index."""
+    for name in ("index.old", "index.partial", "index.cache"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
     out = tmp_path / "index"
-    manifest = index.build(out, IDENTITY | {"tokens": False}, counts,
-                           lambda kind, items: many[kind][torch.from_numpy(items)], {}, faiss="always")
-    opened = index.load(out)
-    assert opened.images.faiss is not None and 0.3 < manifest["faiss"]["image"] <= 1
-    opened.images.faiss.nprobe = opened.images.faiss.nlist  # looks everywhere: then it is exact
-    exact = search(many["text"][:20], many["image"], 50)
-    found = search(many["text"][:20], opened.images, 50)
-    assert torch.allclose(exact[1], found[1], atol=1e-5) and torch.equal(exact[0], found[0])
-
-
-def test_without_faiss_stage_1_stays_exact(sides, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(index, "LARGE", 3)
-    monkeypatch.setattr(index.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    counts = {kind: len(side) for kind, side in sides.items()}
+    build(out, sides)
+    build(out, sides, checkpoint="other")
+    assert all((tmp_path / name / "mine.txt").read_text() == "mine" for name in ("index.old", "index.partial"))
 
     def encode(kind: str, items: np.ndarray) -> Embeddings:
+        with pytest.raises(BadInput, match="another program is writing"):
+            build(out, sides)
         return sides[kind][torch.from_numpy(items)]
 
-    assert index.build(tmp_path / "index", IDENTITY, counts, encode, {}, "auto")["faiss"] == {}
-    assert "FAISS is not installed" in capsys.readouterr().out
-    assert index.load(tmp_path / "index").images.faiss is None
-    with pytest.raises(BadInput, match="faiss-cpu"):
-        index.build(tmp_path / "other", IDENTITY, counts, encode, {}, "always")
+    counts = {kind: len(side) for kind, side in sides.items()}
+    index.build(out, IDENTITY, counts, encode, names_of(counts))
+
+
+@pytest.mark.parametrize("garbage", ["{", "[]", '{"identity": 3}', "null"])
+def test_garbage_where_progress_was_kept_starts_anew(sides, tmp_path, garbage):
+    growing = tmp_path / ".index.index-in-progress"
+    growing.mkdir()
+    (growing / "progress.json").write_text(garbage)
+    (growing / "image.tokens").write_bytes(b"garbage")
+    build(tmp_path / "index", sides)
+    assert torch.equal(index.load(tmp_path / "index").images.tokens, sides["image"].tokens)
+
+
+def test_arrays_that_were_swapped_or_overwritten_are_noticed(sides, tmp_path):
+    out = tmp_path / "index"
+    build(out, sides)
+    content = bytearray((out / "image.tokens").read_bytes())
+    content[3] ^= 1
+    (out / "image.tokens").write_bytes(content)
+    with pytest.raises(BadInput, match="image.tokens: changed since"):
+        index.load(out)
+    build(out, sides)
+    names = json.loads((out / "names.json").read_text())
+    (out / "names.json").write_text(json.dumps(names | {"images": ["a"]}))
+    with pytest.raises(BadInput, match="names.json: 1 images, expected 5"):
+        index.load(out)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -209,7 +229,7 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
             assert ours["score"] == pytest.approx(ours["global"] + fine, abs=1e-4)
     captions = tmp_path / "captions.txt"
     captions.write_text("a red dog\na small ball\n")
-    monkeypatch.setattr(retrieve, "QUERIES", 1)
+    monkeypatch.setattr(command_line, "QUERIES", 1)
     assert retrieve.main(["search", out, "--queries", str(captions), "--json", "--top", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["query"] for line in lines] == ["a red dog", "a small ball"]
@@ -236,7 +256,7 @@ def test_half_precision_and_an_index_s_own_split(flags, tmp_path, capsys):
     run, out = str(tmp_path / "run"), str(tmp_path / "index")
     assert train.main([*flags, "--epochs", "1"]) == 0
     for dtype in ("float16", "bfloat16"):
-        assert retrieve.main(["evaluate", run, "--dtype", dtype, "--memory", "0.001"]) == 0
+        assert retrieve.main(["evaluate", run, "--dtype", dtype]) == 0
     assert retrieve.main(["index", run, "--out", out]) == 0
     assert retrieve.main(["search", out, "a red dog"]) == 0
     capsys.readouterr()

@@ -1,4 +1,5 @@
 """networks.py, weights.py: networks of random weights against torchvision and transformers, step by step."""
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -186,6 +187,12 @@ def test_networks_and_weights_that_do_not_fit_are_refused(weights, tmp_path):
         with pytest.raises(BadInput) as error:
             load(name, file)
         assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_network_whose_package_is_missing_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(BadInput, match="efficientnet-lite0: run pip install"):
+        load_classifier("efficientnet-lite0", "")
 
 
 def test_a_classifier_of_other_classes_may_be_used(tmp_path):

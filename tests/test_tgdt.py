@@ -1,7 +1,6 @@
 """The model: parity with the released weights, and embeddings that depend on nothing but their own input."""
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -107,38 +106,3 @@ def test_the_first_layers_of_bert_give_its_hidden_state(model):
         assert torch.allclose(tgdt.first_layers(bert, 3)(input_ids=ids).last_hidden_state, want, atol=1e-6)
     with pytest.raises(ValueError, match="3 layers"):
         tgdt.first_layers(bert, 4)
-
-
-def test_released_weights_give_the_released_outputs():
-    model = tgdt.load_released(PARITY / "tgdt_released_tiny.pth.tar", BertConfig(**TINY_BERT))
-    assert not model.training
-    with np.load(PARITY / "tgdt_released_tiny.npz", allow_pickle=False) as arrays:
-        given = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    batch = {
-        "regions": given["regions"], "boxes": given["boxes"],
-        "region_mask": torch.ones(given["regions"].shape[:2], dtype=torch.bool),
-        "word_ids": given["word_ids"], "word_mask": torch.ones_like(given["word_ids"], dtype=torch.bool),
-    }
-    images, texts = both(model, batch)
-    # The released text tokens still hold [SEP]'s, the last of ten; ours do not.
-    for ours, theirs in ((images.globals, given["image_global"]), (texts.globals, given["text_global"]),
-                         (images.tokens, given["image_tokens"]), (texts.tokens, given["text_tokens"][:, :9])):
-        assert torch.allclose(ours, theirs, atol=1e-5)
-    # The released similarity cuts off the last word piece together with [SEP].
-    cut = texts.mask.clone()
-    cut[:, -1] = False
-    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, cut)
-    assert torch.allclose(10 * local, given["local_similarity_x10"], atol=1e-5, rtol=1e-5)
-
-
-def test_what_is_not_a_released_checkpoint_is_refused_by_name(tmp_path):
-    nonsense = tmp_path / "weights.pth.tar"
-    nonsense.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="weights.pth.tar"):
-        tgdt.load_released(nonsense)
-    other = tmp_path / "other.pth.tar"
-    torch.save({"model": {}}, other)
-    with pytest.raises(ValueError, match="other.pth.tar"):
-        tgdt.load_released(other)
-    with pytest.raises(ValueError, match="expected"):  # the tiny BERT is not bert-base
-        tgdt.load_released(PARITY / "tgdt_released_tiny.pth.tar")

@@ -112,7 +112,7 @@ def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys
     capsys.readouterr()
     other = str(save_clip(tmp_path / "other", seed=1))
     assert retrieve.main(["evaluate", str(out), "--clip-model", other]) == 2
-    assert "the model was trained on what" in capsys.readouterr().err
+    assert "the model was trained with the network CLIP" in capsys.readouterr().err
     (pictured / "images" / "dev3.png").unlink()
     capsys.readouterr()
     assert retrieve.main(["evaluate", str(out)]) == 2

@@ -1,7 +1,6 @@
 """user.py: parity with the released weights, brute-force twins, and what may not change an embedding."""
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,61 +49,6 @@ def make_batch(regions: int = 5, words: int = 9) -> dict[str, torch.Tensor]:
 @torch.inference_mode()
 def both(model: user.USER, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return model.encode_images(batch).globals, model.encode_texts(batch).globals
-
-
-# --------------------------------------------------------------------------------------------- released weights
-
-
-@pytest.fixture(scope="module")
-def released() -> user.USER:
-    return user.load_released(PARITY / "user_released_tiny.pth", BertConfig(**TINY_BERT))
-
-
-@pytest.fixture(scope="module")
-def given() -> dict[str, torch.Tensor]:
-    with np.load(PARITY / "user_released_tiny.npz", allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays}
-
-
-def test_released_weights_give_the_released_outputs(released, given):
-    assert not released.training
-    everywhere = torch.ones(given["regions"].shape[:2], dtype=torch.bool)
-    batch = {
-        "regions": given["regions"], "region_mask": everywhere, "word_ids": given["word_ids"],
-        "word_mask": torch.arange(given["word_ids"].shape[1]) < given["word_lengths"][:, None],
-    }
-    images, texts = both(released, batch)
-    assert torch.allclose(images, given["image_global"], atol=1e-5)
-    assert torch.allclose(texts, given["text_global"], atol=1e-5)
-    with torch.inference_mode():
-        assert torch.allclose(released.guide(given["regions"], everywhere), given["sge"], atol=1e-5)
-        cge = user.CLIPGuidedEnhancement(24, 24, sharpness=1.0)
-        cge.project.weight.copy_(torch.eye(24))
-        cge.project.bias.zero_()
-        assert torch.allclose(cge(given["regions"], everywhere, given["clip"]), given["cge_lambda_1"], atol=1e-5)
-
-
-def test_the_released_statistics_are_slot_by_slot(released, given):
-    with pytest.raises(ValueError, match="36 regions.*found 35"):
-        released.guide(given["regions"][:, 1:], torch.ones(6, 35, dtype=torch.bool))
-    ragged = torch.ones(6, 36, dtype=torch.bool)
-    ragged[2, 30:] = False
-    with pytest.raises(ValueError, match="36 regions.*found 30 to 36"):
-        released.guide(given["regions"], ragged)
-
-
-def test_what_is_not_a_released_checkpoint_is_refused_by_name(tmp_path):
-    nonsense = tmp_path / "weights.pth"
-    nonsense.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="weights.pth"):
-        user.load_released(nonsense)
-    with pytest.raises(ValueError, match="other.pth"):
-        torch.save({"model": [{}, {}]}, tmp_path / "other.pth")
-        user.load_released(tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="user_released_tiny.pth: has no bert.encoder.layer.2"):  # not bert-base
-        user.load_released(PARITY / "user_released_tiny.pth")
-    with pytest.raises(FileNotFoundError):
-        user.load_released(tmp_path / "none.pth")
 
 
 # ----------------------------------------------------------------------------------------- semantic enhancement

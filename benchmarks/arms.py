@@ -1,0 +1,363 @@
+"""The arms of the ablations: what is changed, under which names, and which arms are compared.
+
+An arm is a model and its changes, separated by commas: "user, no guide, --queue 512". A change is a name of `CHANGES`,
+or a flag of train.py with its value. Where there is no flag, a change takes the run that `harness.training.set_up`
+gives, replaces a part of it before it is trained, and returns it; or it has a loss, called as `train.batch_loss` is.
+"""
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import BertModel
+from transformers.modeling_outputs import BaseModelOutput
+
+import data
+import losses
+import tgdt
+import train
+import user
+from harness.training import Run
+from sources.files import BadInput, write_whole
+
+# ------------------------------------------------------------------------------------------------ other parts of a run
+
+
+def copies(run: Run) -> list[nn.Module]:
+    """The model, and its momentum copy if there is one."""
+    return [run.model] if run.momentum is None else [run.model, run.momentum.encoder]
+
+
+class OtherBranch(nn.Module):
+    """A branch of TGDT whose global encoder does not read the local tokens as they are.
+
+    reads: "slots" are what the local encoder reads too, so there is no token guidance. "detached" are the local tokens
+    without their gradient, as in the released training.
+    """
+
+    def __init__(self, branch: tgdt.TokenGuidedEncoder, reads: str):
+        super().__init__()
+        self.project, self.local_encoder, self.global_encoder = (
+            branch.project, branch.local_encoder, branch.global_encoder)
+        self.reads = reads
+
+    def forward(self, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self.project(slots)
+        tokens = self.local_encoder(slots, src_key_padding_mask=~mask)
+        read = slots if self.reads == "slots" else tokens.detach()
+        globals_ = self.global_encoder(read, src_key_padding_mask=~mask)[:, 0]
+        return F.normalize(globals_, dim=-1), F.normalize(tokens, dim=-1)
+
+
+def other_branches(run: Run, reads: str) -> Run:
+    for model in copies(run):
+        model.image_branch = OtherBranch(model.image_branch, reads)
+        model.text_branch = OtherBranch(model.text_branch, reads)
+    return run
+
+
+def start_as_mean(run: Run) -> Run:
+    """GPO starts as mean pooling: all places have the score 0."""
+    for model in copies(run):
+        nn.init.zeros_(model.image_pool.score.weight)
+        nn.init.zeros_(model.text_pool.score.weight)
+    return run
+
+
+def stand_in_for_clip(run: Run) -> Run:
+    """CGE guided by the mean of an image's own regions, in place of CLIP's embedding."""
+    for split in run.splits.values():
+        rows = np.arange(len(split.features))
+        means = [split.features.read(part)[0].mean(1) for part in np.array_split(rows, -(-len(rows) // 256))]
+        split.clip = np.concatenate(means)
+        split.clip /= np.linalg.norm(split.clip, axis=1, keepdims=True)
+    dim = run.inputs["feature_dim"]
+    guide = user.CLIPGuidedEnhancement(dim, dim, run.settings.enhancement.sharpness).to(run.device)
+    for model in copies(run):
+        model.guide = copy.deepcopy(guide)
+    return run
+
+
+class Shuffled(Run):
+    """An epoch is one shuffle of all captions, so captions of an image are spread over it by chance."""
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        order = np.random.default_rng([self.settings.run.seed, epoch]).permutation(len(self.words["train"])).tolist()
+        size = self.settings.training.batch_size
+        return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+
+
+def shuffled(run: Run) -> Run:
+    return Shuffled(**{field.name: getattr(run, field.name) for field in fields(run)})
+
+
+class KeysInTraining(user.MomentumContrast):
+    """Images are encoded as in training: with dropout, and normalised by the batch. Only parameters follow the model.
+
+    In the released code BERT stays in eval mode all the same.
+    """
+
+    def train(self, mode: bool = True) -> KeysInTraining:
+        nn.Module.train(self, True)
+        self.encoder.bert.eval()
+        return self
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        keep = min(self.momentum, 1 - 1 / (int(self.steps) + 1)) if self.warm else self.momentum
+        for ours, theirs in zip(self.encoder.parameters(), model.parameters(), strict=True):
+            ours.lerp_(theirs, 1 - keep)
+        self.steps += 1
+
+
+def keys_in_training(run: Run) -> Run:
+    old = run.momentum
+    new = KeysInTraining(run.model, run.settings.architecture.dim, 1, old.momentum, old.warm).to(run.device)
+    new.image_queue, new.text_queue = old.image_queue, old.text_queue
+    run.momentum = new
+    return run
+
+
+def cold_momentum(run: Run) -> Run:
+    """The momentum is the same from the first step on."""
+    run.momentum.warm = False
+    return run
+
+
+class UnmaskedQueue(user.Queue):
+    """Keys of a query's own image count as negatives."""
+
+    def positives(self, image_index: Tensor) -> Tensor:
+        return (self.owner < 0).expand(len(image_index), -1)
+
+
+def queue_unmasked(run: Run) -> Run:
+    length, dim = run.momentum.image_queue.keys.shape
+    run.momentum.image_queue = UnmaskedQueue(length, dim).to(run.device)
+    run.momentum.text_queue = UnmaskedQueue(length, dim).to(run.device)
+    return run
+
+
+def full_queue(run: Run) -> Run:
+    """The queues start full of random positive vectors, which belong to no image."""
+    for queue in (run.momentum.image_queue, run.momentum.text_queue):
+        queue.keys.copy_(F.normalize(torch.rand_like(queue.keys), dim=1))
+        queue.owner.fill_(2**40)
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------- other losses
+
+
+def encode(model: nn.Module, momentum: user.MomentumContrast | None, batch: dict, precision: str) -> tuple:
+    """The beginning of `train.batch_loss`: images, texts, and the batch's image_row and positives."""
+    if momentum is not None:
+        momentum.update(model)
+    row = batch["image_row"]
+    return *train.encode(model, batch, precision), row, row[:, None] == row
+
+
+def batch_unmasked(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+    """UTO in which other captions of an image count as negatives in the batch."""
+    images, texts, row, _ = encode(model, momentum, batch, precision)
+    keys = train.momentum_keys(momentum, batch, precision) if settings.momentum.queue else None
+    return losses.uto(images.globals[row], texts.globals, keys, None, **vars(settings.uto))
+
+
+def hinge_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+    """The hinge in place of UTO, on the batch alone, a mean over the pairs."""
+    images, texts, row, positives = encode(model, momentum, batch, precision)
+    similarity = images.globals[row] @ texts.globals.T
+    return losses.hinge(similarity, settings.cmc.margin, positives, negatives) / len(row)
+
+
+def fine_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+    """CMC's hinge on the local similarities alone: nothing trains the coarse vectors."""
+    images, texts, row, positives = encode(model, momentum, batch, precision)
+    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, settings.cmc.reduction)
+    return losses.hinge(settings.cmc.local_weight * local[row], settings.cmc.margin, positives, negatives)
+
+
+# ------------------------------------------------------------------------------------------------------ frozen BERT
+
+
+class Remembered(nn.Module):
+    """A frozen BERT that has read all captions before. It is called as BERT is, and takes their states from a file.
+
+    words: the word pieces of all captions that it will be asked for. path: the file, which is written if it is not
+    there, in half precision.
+    """
+
+    def __init__(self, bert: BertModel, words: list[np.ndarray], path: Path, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.config = bert.config
+        if not path.is_file():
+            states = read_all(bert.eval(), words, device)
+            write_whole(path, lambda file: np.save(file, states))
+        states = torch.from_numpy(np.load(path)).split([len(ids) for ids in words])
+        self.states = {ids.tobytes(): state for ids, state in zip(words, states, strict=True)}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        out = torch.zeros(*input_ids.shape, self.config.hidden_size)
+        captions = input_ids.cpu().numpy().astype(np.int32)
+        for row, length in enumerate(attention_mask.sum(1).tolist()):
+            out[row, :length] = self.states[captions[row, :length].tobytes()]
+        return BaseModelOutput(out.to(input_ids.device))
+
+
+@torch.no_grad()
+def read_all(bert: BertModel, words: list[np.ndarray], device: torch.device | str) -> np.ndarray:
+    """BERT's states of the captions, one after the other: [all their word pieces, width] float16."""
+    states: list = [None] * len(words)
+    for batch in tqdm(list(data.text_batches(words, 256)), desc="BERT reads", unit="batch"):
+        mask = batch["word_mask"].long().to(device)
+        found = bert(input_ids=batch["word_ids"].to(device), attention_mask=mask).last_hidden_state.half().cpu()
+        for caption, state in zip(batch["caption_index"].tolist(), found, strict=True):
+            states[caption] = state[: len(words[caption])]
+    return torch.cat(states).numpy()
+
+
+def remember(run: Run) -> Run:
+    """Put a remembered BERT in the place of the frozen one. Its file serves all arms beside the run folder."""
+    words = [ids for captions in run.words.values() for ids in captions]
+    text = run.settings.text
+    key = hashlib.sha256(np.concatenate(words).tobytes() + f"{text.text_encoder} {text.text_layers}".encode())
+    path = run.out.parent / f"words-{key.hexdigest()[:12]}.npy"
+    bert = Remembered(run.model.bert, words, path, run.device)
+    for model in copies(run):
+        model.bert = bert
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------- arms
+
+BUDGETS = {
+    "flickr8k": "--dataset flickr8k --precision bfloat16 --text-lr 0 --dropout 0 --noise 0 --longest 32 --dim 256 "
+                "--feedforward 512 --schedule linear --keep model --batch-size 160 --captions-per-image 5 --epochs 5 "
+                "--momentum 0.995",
+    "flickr8k-full": "--dataset flickr8k --precision bfloat16",
+    "scenes": "--dataset scenes",
+}
+MODELS = {"tgdt": "--model tgdt", "user": "--model user", "unified": "--model tgdt-user"}
+
+
+class Change(NamedTuple):
+    """One change to an arm: flags of train.py, a change to the run before it is trained, or another loss."""
+
+    flags: str = ""
+    to_run: Callable[[Run], Run] = lambda run: run
+    loss_of: Callable | None = None
+
+
+CHANGES = {
+    "longer": Change("--epochs 10"),
+    "averaged": Change("--schedule constant --keep momentum"),  # the momentum copy, over a rate that does not fall
+    "falling rate": Change("--schedule linear"),
+    "one caption an image": Change("--captions-per-image 1"),
+    "coarse alone": Change("--local-weight 0"),
+    "fine alone": Change(loss_of=fine_alone),
+    "no intra-modal term": Change("--intra-margin 9"),
+    "beside": Change(to_run=partial(other_branches, reads="slots")),
+    "detached": Change(to_run=partial(other_branches, reads="detached")),
+    "no guide": Change("--guide none"),
+    "stand-in for CLIP": Change("--guide none", stand_in_for_clip),
+    "no queue": Change("--queue 0"),
+    "hinge": Change(loss_of=hinge_alone),
+    "mean first": Change(to_run=start_as_mean),
+    # What this project does otherwise than USER's released code, undone:
+    "fixed regions": Change("--fixed-regions 36"),
+    "reward floor": Change("--reward-floor"),
+    "batch unmasked": Change(loss_of=batch_unmasked),
+    "queue unmasked": Change(to_run=queue_unmasked),
+    "keys in training": Change(to_run=keys_in_training),
+    "cold momentum": Change(to_run=cold_momentum),
+    "full queue": Change(to_run=full_queue),
+    "shuffle": Change("--captions-per-image 1", shuffled),
+    "released rates": Change("--batch-size 128 --lr 5e-4 --momentum 0.999 --schedule step --drop-every 6 --keep model"),
+}
+AS_RELEASED = ("user, fixed regions, reward floor, batch unmasked, queue unmasked, keys in training, cold momentum, "
+               "full queue, shuffle, released rates")
+ONLY_PHOTOGRAPHS = ("stand-in for CLIP", "fixed regions")
+
+# Each idea: the arm with it, and the arm without it. An arm is searched two-stage, or by global alone if it has no
+# tokens; another way of searching stands behind a colon.
+CLAIMS = {
+    "1 one model: two-stage, or coarse alone": ("tgdt", "tgdt: global"),
+    "1 one model: coarse and fine, or fine alone": ("tgdt: mixed", "tgdt: local"),
+    "1 trained on both levels, or on coarse alone": ("tgdt", "tgdt, coarse alone: global"),
+    "1 trained on both levels, or on fine alone": ("tgdt", "tgdt, fine alone: local"),
+    "2 CMC with its intra-modal term, or without": ("tgdt", "tgdt, no intra-modal term"),
+    "2 its margin: 0.3, or 0.1": ("tgdt", "tgdt, --intra-margin 0.1"),
+    "2 the hinge's margin: 0.2, or 0.1": ("tgdt", "tgdt, --margin 0.1"),
+    "2 the hinge's margin: 0.2, or 0.4": ("tgdt", "tgdt, --margin 0.4"),
+    "3 a shortlist re-ranked, or everything": ("tgdt", "tgdt: mixed"),
+    "5 the global encoder reads the tokens, or what they are made of": ("tgdt", "tgdt, beside"),
+    "5 it reads the tokens, or the tokens without gradients": ("tgdt", "tgdt, detached"),
+    "6 SGE, or no guide": ("user", "user, no guide"),
+    "6 SGE, or no guide; twice the steps": ("user, longer", "user, no guide, longer"),
+    "6 CGE by a stand-in for CLIP, or SGE": ("user, stand-in for CLIP", "user"),
+    "7 UTO, or the hinge; both on the batch": ("user, no guide, no queue", "user, no guide, no queue, hinge"),
+    "7 the same, twice the steps": ("user, no guide, no queue, longer", "user, no guide, no queue, hinge, longer"),
+    "8 queues of 512, or none": ("user, no guide, --queue 512", "user, no guide, no queue"),
+    "8 queues of 2,048, or none": ("user, no guide", "user, no guide, no queue"),
+    "8 queues of 2,048, or none; twice the steps": ("user, no guide, longer", "user, no guide, no queue, longer"),
+    "8 queues of 8,192, or none": ("user, no guide, --queue 8192", "user, no guide, no queue"),
+    "9 true pairs masked in the batch, or not": ("user, no guide", "user, no guide, batch unmasked"),
+    "9 true pairs masked in the queue, or not": ("user, no guide", "user, no guide, queue unmasked"),
+    "10 the unified model, or TGDT": ("unified", "tgdt"),
+    "10 the unified model, or USER": ("unified", "user"),
+    "10 averaged: the unified model, or TGDT": ("unified, averaged", "tgdt, averaged"),
+    "10 averaged: the unified model, or USER": ("unified, averaged", "user, averaged"),
+    "10 averaged, twice the steps: the unified model, or TGDT": (
+        "unified, averaged, longer", "tgdt, averaged, longer"),
+    "10 averaged, twice the steps: the unified model, or USER": (
+        "unified, averaged, longer", "user, averaged, longer"),
+}
+OURS = {  # what we do otherwise than the released code, or have tried
+    "TGDT averaged at a constant rate, or the model at a falling one": ("tgdt, averaged", "tgdt"),
+    "the unified model averaged at a constant rate, or the model at a falling one": ("unified, averaged", "unified"),
+    "USER averaged at a constant rate, or the model at a falling one": ("user, no guide, averaged", "user, no guide"),
+    "USER averaged, or the model; both at a falling rate": (
+        "user, no guide, averaged, falling rate", "user, no guide"),
+    "SGE's statistics over all regions, or for each of 36": ("user", "user, fixed regions"),
+    "five captions of an image in a batch, or one": (
+        "user, no guide, averaged", "user, no guide, averaged, one caption an image"),
+    "captions of an image far apart, or one shuffle of all": (
+        "user, no guide, averaged, one caption an image", "user, no guide, averaged, shuffle"),
+    "GPO starts as the mean, or at random": ("user, no guide, averaged, mean first", "user, no guide, averaged"),
+    "a reward below 0, or none": ("user, no guide", "user, no guide, reward floor"),
+    "keys encoded in eval mode, or in training mode": ("user, no guide", "user, no guide, keys in training"),
+    "a momentum that grows, or a constant one": ("user, no guide", "user, no guide, cold momentum"),
+    "queues that start empty, or full of random keys": ("user, no guide", "user, no guide, full queue"),
+    "all our changes to the code, or none; both at the released rates": (
+        "user, released rates, one caption an image", AS_RELEASED),
+}
+
+
+def split_arm(text: str) -> tuple[str, str]:
+    """An arm of `CLAIMS` -> its name, and how it is searched."""
+    arm, _, search = text.partition(": ")
+    return arm, search or ("global" if arm.startswith("user") else "two_stage")
+
+
+ARMS = list(dict.fromkeys(split_arm(text)[0] for pair in (CLAIMS | OURS).values() for text in pair))
+
+
+def changes_of(arm: str) -> list[Change]:
+    """Raises BadInput if the arm has a model or a change that is not known."""
+    model, *names = arm.split(", ")
+    unknown = [name for name in names if name not in CHANGES and not name.startswith("--")]
+    if model not in MODELS or unknown:
+        raise BadInput(f"the arm {arm!r}: {(unknown or [model])[0]!r} is no model and no change; models: "
+                       f"{', '.join(MODELS)}; changes: {', '.join(CHANGES)}, or a flag")
+    return [Change(MODELS[model]), *(CHANGES[name] if name in CHANGES else Change(name) for name in names)]
