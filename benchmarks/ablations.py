@@ -59,7 +59,6 @@ def one(budget: str, arm: str, out: Path, argv: list[str]) -> int:
 
     A run whose model was changed can't be opened as a run folder of train.py: it is measured as it stands in memory.
     """
-    matplotlib.use("Agg")
     parts = changes_of(arm)
     own = " ".join(part.flags for part in parts).split()
     given, options = flags.parse([*BUDGETS[budget].split(), *argv, *own])
@@ -130,7 +129,7 @@ def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
             started = time.perf_counter()
             with open(out / "log.txt", "ab") as log:
                 code = subprocess.run(call, stdout=log, stderr=log).returncode
-            told = f"FAILED ({code}), see {out / 'log.txt'}" if code else "done"
+            told = {0: "done", 130: "stopped"}.get(code, f"FAILED ({code}), see {out / 'log.txt'}")
             print(f"{arm}, seed {seed}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -353,10 +352,10 @@ def speed() -> None:
         print(f"{name:36}{1000 * value:10.3f} ms a caption{seconds['cross-attention'] / value:10.1f} times as fast")
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     matplotlib.use("Agg")
-    if sys.argv[1:2] == ["one"]:
-        return one(sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5:])
+    if argv[:1] == ["one"]:
+        return one(argv[1], argv[2], Path(argv[3]), argv[4:])
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "speed", "table"))
@@ -367,7 +366,7 @@ def main() -> int:
                         help="some arms, separated by semicolons; all: " + "; ".join(ARMS))
     parser.add_argument("--courses", action="store_true", help="print rsum after each epoch, too")
     parser.add_argument("--draw", action="store_true", help="draw the claims into docs/")
-    args, more_flags = parser.parse_known_args()
+    args, more_flags = parser.parse_known_args(argv)
     if args.command == "speed":
         speed()
     elif args.command == "table":
@@ -385,4 +384,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py            # writes sparse feature files of 80 MB and 8 GB to a temporary folder
 
-Each run is a process of its own: one epoch over all pictures, two captions each, a tiny model. The feature files are
-sparse, so they take no disk; reading them is real. Prints both peaks and their difference, exit code 1 above 1 GB.
+Each run is a process of its own: a tiny model, one epoch over all pictures, two captions a picture. The feature files
+are sparse: they take no space on the disk, but they are read as any file is. Prints both peaks and their difference.
+The exit code is 1 if the difference is more than 1 GB.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ ROW = REGIONS * WIDTH * 4  # bytes a picture
 
 
 def write_features(folder: Path, split: str, images: int) -> int:
-    """A SCAN split of zeros, sparse on disk; returns the bytes of its feature file."""
+    """Write a SCAN split of zeros, sparse on the disk. Returns the size of its feature file in bytes."""
     folder.mkdir(exist_ok=True)
     header = {"descr": "<f4", "fortran_order": False, "shape": (images, REGIONS, WIDTH)}
     with open(folder / f"{split}_ims.npy", "wb") as file:
@@ -33,7 +34,7 @@ def write_features(folder: Path, split: str, images: int) -> int:
 
 
 def peak(folder: Path, bert: Path, out: Path) -> int:
-    """Peak resident bytes of one training run on `folder`; it runs in a child, and a child's child is measured."""
+    """The peak resident bytes of one training run on `folder`, in a process of its own."""
     command = [sys.executable, str(ROOT / "train.py"), "--dataset", "flickr30k", "--data-root", str(folder),
                "--text-encoder", str(bert), "--text-layers", "1", "--dim", "8", "--region-width", "8", "--feedforward",
                "8", "--epochs", "1", "--device", "cpu", "--out", str(out)]

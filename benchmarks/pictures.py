@@ -1,10 +1,10 @@
-"""Pictures a second from files to a store, against the network alone on tensors that are ready.
+"""Pictures a second: from files to a store, and the network alone on tensors that are ready.
 
     python benchmarks/pictures.py [--regions grid|detector|clip] [--pictures N] [--images FOLDER] [--rounds N]
 
-Networks have random weights, which take as long as trained ones: resnet50 for the grid, fasterrcnn_resnet50_fpn_v2, and
-a CLIP of the shape of ViT-B/32. Without --images the pictures are drawn here, JPEGs of 500 x 375 with a photograph's
-detail. Both are timed in turn, in the same process, on the same pictures.
+The networks have random weights, which take as long as trained ones: resnet50 for the grid, fasterrcnn_resnet50_fpn_v2
+for the detector, and a CLIP of the shape of ViT-B/32. Without --images the pictures are made here: JPEGs of 500 x 375
+with as much detail as a photograph. Both are timed in turn, in one process, on the same pictures.
 """
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ from PIL import Image, ImageFilter
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-import extract
-import photos
-from run import Settings
+from sources import networks, photos
+from sources.extract import Cache, fill
 
 
 def draw(folder: Path, count: int) -> list[Path]:
-    """Smooth noise of several scales: about as large as photographs of that size are, 40 to 60 kB."""
+    """Smooth noise of several scales. The files take 40 to 60 kB, about as much as photographs of that size."""
     rng = np.random.default_rng(0)
     for row in range(count):
         layers = [Image.fromarray(rng.integers(0, 256, (375 // s, 500 // s, 3), dtype=np.uint8)).resize((500, 375))
@@ -39,17 +37,17 @@ def draw(folder: Path, count: int) -> list[Path]:
     return photos.listed(folder)
 
 
-def save_weights(kind: str, folder: Path) -> dict:
-    """Random weights in a file, and the settings that name them."""
+def save_weights(kind: str, folder: Path) -> Path:
+    """Write random weights to a file, and return it; of a CLIP, to a folder."""
     torch.manual_seed(0)
     if kind == "clip":
         CLIPModel(CLIPConfig()).save_pretrained(folder / "clip")  # its defaults are the shape of ViT-B/32
         CLIPImageProcessor().save_pretrained(folder / "clip")
-        return {"clip_model": str(folder / "clip")}
+        return folder / "clip"
     name = {"grid": "resnet50", "detector": "fasterrcnn_resnet50_fpn_v2"}[kind]
     options = {} if kind == "grid" else {"weights_backbone": None}
     torch.save(torchvision.models.get_model(name, weights=None, **options).state_dict(), folder / "weights.pth")
-    return {"region_weights": str(folder / "weights.pth")}
+    return folder / "weights.pth"
 
 
 def main() -> None:
@@ -62,15 +60,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        settings = Settings(regions=args.regions, **save_weights(args.regions, folder))
         (folder / "images").mkdir()
-        pictures = (photos.listed(args.images) if args.images else draw(folder / "images", args.pictures))
+        pictures = photos.listed(args.images) if args.images else draw(folder / "images", args.pictures)
         pictures = pictures[: args.pictures]
-        network = extract.regions_network(settings, device)
-        size = extract.BATCH[args.regions]
+        weights = str(save_weights(args.regions, folder))
+        network = networks.regions_network(args.regions, "", weights, 36, 0, weights, device)
         ready = [network.prepare(photos.read(picture)) for picture in pictures]
-        batches = [{name: torch.stack([each[name] for each in ready[start : start + size]]) for name in ready[0]}
-                   for start in range(0, len(ready), size)]
+        parts = [ready[start : start + network.batch_size] for start in range(0, len(ready), network.batch_size)]
+        batches = [{name: torch.stack([each[name] for each in part]) for name in part[0]} for part in parts]
         network.look(batches[0])
         alone, whole = [], []
         for number in range(args.rounds):
@@ -78,11 +75,9 @@ def main() -> None:
             for batch in batches:
                 network.look(batch)
             alone.append(len(pictures) / (time.perf_counter() - start))
-            settings.cache = str(folder / f"cache{number}")
-            split = data.Split("all", [], np.zeros(0, np.int64), None, [p.name for p in pictures], list(pictures))
-            extract.regions_network = lambda *given: network  # loading it is not what is measured
+            caches = {"regions": Cache(lambda: network, folder / f"cache{number}")}
             start = time.perf_counter()
-            extract.prepare({"all": split}, settings, folder, device)
+            fill(pictures, folder, caches)
             whole.append(len(pictures) / (time.perf_counter() - start))
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     shares = [100 * w / a for w, a in zip(whole, alone, strict=True)]

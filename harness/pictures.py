@@ -83,11 +83,19 @@ def one(picture: Path | np.ndarray, settings: Settings, device: torch.device | s
     return split
 
 
-def kind(settings: Settings, splits: dict[str, data.Split]) -> str:
-    """What --regions auto means for these splits: "files", or "detector" if a split has no features."""
+def kind(settings: Settings, splits: dict[str, data.Split], device: torch.device) -> str:
+    """What --regions auto means for these splits: "files", or if a split has no features a network, which is told.
+
+    On a GPU it is the detector, whose regions are the papers' kind. On a processor it is the grid, which is faster.
+    """
     if settings.pictures.regions != "auto" or settings.run.dataset == "scenes":
         return settings.pictures.regions
-    return "detector" if any(split.features is None for split in splits.values()) else "files"
+    if all(split.features is not None for split in splits.values()):
+        return "files"
+    chosen, other = ("detector", "grid") if device.type == "cuda" else ("grid", "detector")
+    reason = "there is a GPU" if device.type == "cuda" else "there is no GPU, and a detector would take much longer"
+    print(f"regions come from a {chosen}, because {reason}; --regions {other} changes that")
+    return chosen
 
 
 def makers_of_networks(settings: Settings, device: torch.device | str) -> dict[str, Callable]:

@@ -31,7 +31,8 @@ class Pictures:
     """Pictures and regions"""
 
     regions: Annotated[Literal["auto", "files", "detector", "grid", "clip"], "where regions come from: feature files, "
-                       "a detector, a classifier's grid, CLIP's patches; auto: files if any, else detector"] = "auto"
+                       "a detector, a classifier's grid, CLIP's patches; auto: files if any, else the "
+                       "detector on a GPU, the grid without one"] = "auto"
     region_network: Annotated[str, "torchvision's network for them (none given: fasterrcnn_resnet50_fpn_v2 for the "
                               "detector, resnet50 for the grid; clip uses --clip-model)"] = ""
     region_weights: Annotated[str, "its weights: a file, or a name such as COCO_V1 (none given: the best known)"] = ""

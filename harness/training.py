@@ -202,7 +202,7 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     root = settings.run.data_root
     splits = data.load(settings.run.dataset, Path(root) if root else None, regions=settings.pictures.regions,
                        split_seed=settings.pictures.split_seed)
-    settings.pictures.regions = pictures.kind(settings, splits)
+    settings.pictures.regions = pictures.kind(settings, splits, where)
     bert, tokenizer = models.text_encoder(settings)
     settings_.write(out / "settings.json", settings)  # before the features, which take long, so that --resume works
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])

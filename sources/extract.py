@@ -135,6 +135,9 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
                     if seen:
                         cache.add(seen, *prepared.get(name, ([], {})))
                 bar.update(len(digests) + len(wrong))
+                if bar.n == size < len(todo):
+                    minutes = bar.format_dict["elapsed"] / size * len(todo) / 60
+                    tqdm.write(f"about {minutes:.0f} minutes for {len(todo)} pictures, measured on the first {size}")
     except KeyboardInterrupt:
         print(f"stopped: {bar.n} of {len(todo)} pictures are done, the next start goes on from there")
         raise

@@ -10,6 +10,8 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPI
 
 from harness import figures
 
+torch.set_num_threads(1)  # the tests make small products, for which a second thread costs more than it gives
+
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
 
 

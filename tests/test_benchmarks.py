@@ -1,4 +1,4 @@
-"""What the benchmarks compute themselves: the verdict on a claim, the matcher they compare with, the shortened BERT."""
+"""What the benchmarks compute themselves: the verdict on a claim, the arms and their changes, cross-attention."""
 import math
 import sys
 from pathlib import Path
@@ -6,30 +6,98 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, BertModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import bundle
-import claims
+import ablations
+import arms
+
+import data
+from harness import flags as command_line
+from harness import settings, training
+from harness.models import text_encoder
+from sources.files import BadInput
 
 
 def test_a_claim_holds_where_student_s_interval_excludes_zero():
-    assert claims.verdict([5.0, 6.0, 7.0]) == "yes"             # 6 +- 2.5
-    assert claims.verdict([-5.0, -6.0, -7.0]).startswith("**no")
-    assert claims.verdict([0.0, 6.0, 12.0]) == "cannot tell: within 20.9"    # 6 +- 14.9
-    assert claims.verdict([2.0, 2.0 + 1e-9]) == "yes" and claims.verdict([2.0, 3.0]).startswith("cannot tell")
-    assert claims.verdict([9.0]) == "too few seeds"
+    assert ablations.verdict([5.0, 6.0, 7.0]) == "yes"             # 6 +- 2.5
+    assert ablations.verdict([-5.0, -6.0, -7.0]).startswith("no")
+    assert ablations.verdict([0.0, 6.0, 12.0]) == "not shown (interval -8.9 to +20.9)"    # 6 +- 14.9
+    assert ablations.verdict([2.0, 2.0 + 1e-9]) == "yes"
+    assert ablations.verdict([2.0, 3.0]).startswith("not shown")
+    assert ablations.verdict([9.0]) == "too few seeds"
 
 
 def test_every_claim_compares_arms_that_are_trained():
-    for _, (a, how_a), (b, how_b) in claims.CLAIMS + claims.OURS:
-        assert {a, b} <= claims.ARMS.keys() and {how_a, how_b} <= {"global", "local", "mixed", "two_stage"}
+    for pair in (arms.CLAIMS | arms.OURS).values():
+        for arm, search in map(arms.split_arm, pair):
+            assert arm in arms.ARMS and search in ("global", "local", "mixed", "two_stage")
+    for arm in arms.ARMS:  # its flags are flags of train.py
+        own = " ".join(change.flags for change in arms.changes_of(arm)).split()
+        settings.make(command_line.parse([*arms.BUDGETS["flickr8k"].split(), *own])[0])
+    with pytest.raises(BadInput, match="'no guid' is no model and no change"):
+        arms.changes_of("user, no guid")
+
+
+def test_every_result_is_of_an_arm_and_every_table_prints(capsys):
+    rows = ablations.read_rows(ablations.RESULTS)
+    for arm in {row["arm"] for row in rows if row["budget"] != "speed"}:
+        arms.changes_of(arm)
+    assert len({(row["budget"], row["arm"], row["seed"], row["search"]) for row in rows}) == len(rows)
+    for row in rows:  # rsum is the sum of the six recalls
+        if row["i2t_r1"]:
+            recalls = sum(float(row[f"{way}_{r}"]) for way, r in ablations.RECALLS)
+            assert float(row["rsum"]) == pytest.approx(recalls, abs=0.04)
+    assert ablations.main(["table", "--courses"]) == 0
+    assert "| 10 the unified model, or TGDT |" in capsys.readouterr().out
+
+
+CHANGED = [arms.AS_RELEASED, "user, no queue, hinge, mean first", "user, stand-in for CLIP", "tgdt, fine alone, beside",
+           "unified, averaged, detached"]
+
+
+@pytest.mark.parametrize("arm", CHANGED)
+def test_a_changed_run_trains_and_goes_on(arm, root, bert, tmp_path, undrawn):
+    small = ["--data-root", str(root), "--text-encoder", str(bert), "--text-layers", "1", "--dim", "8",
+             "--region-width", "8", "--feedforward", "16", "--device", "cpu"]
+    given = (f"{arm}, --batch-size 4, --captions-per-image 2, --epochs 1, --queue {0 if 'no queue' in arm else 8}"
+             .replace("fixed regions", "--fixed-regions 3"))
+    assert ablations.one("flickr8k", given, tmp_path / "run", small) == 0
+    results = (tmp_path / "run" / "results.csv").read_text()
+    (tmp_path / "run" / "results.csv").unlink()
+    assert ablations.one("flickr8k", given, tmp_path / "run", small) == 0  # from its checkpoint, which is the last one
+    again = (tmp_path / "run" / "results.csv").read_text()
+
+    def without_seconds(text: str) -> list[str]:
+        return [line.rsplit(",", 2)[0] for line in text.splitlines()]
+
+    assert without_seconds(results) == without_seconds(again)
+
+
+def test_a_remembered_bert_gives_what_bert_gives(flags, tmp_path):
+    chosen = settings.make(command_line.parse(flags)[0])
+    bert, tokenizer = text_encoder(chosen)
+    words = data.tokenize(["a dog runs", "a cat", "two men under the snow"], tokenizer, 32)
+    remembered = arms.Remembered(bert, words, tmp_path / "words.npy")
+    batch = data.pad(words[::-1], 0)
+    given = {"input_ids": batch["word_ids"], "attention_mask": batch["word_mask"].long()}
+    with torch.no_grad():
+        expected, found = (model(**given).last_hidden_state for model in (bert.eval(), remembered))
+    mask = batch["word_mask"]
+    assert torch.allclose(found[mask], expected[mask], atol=2e-3) and not found[~mask].any()
+
+
+def test_one_shuffle_of_all_captions(flags, tmp_path):
+    run = training.set_up(settings.make(command_line.parse(flags)[0]), tmp_path / "run")
+    batches = arms.shuffled(run).plan(0)
+    captions = [caption for batch in batches for caption in batch]
+    assert sorted(captions) == list(range(16)) and captions != sorted(captions) and {len(b) for b in batches} == {4}
+    assert batches == arms.shuffled(run).plan(0) != arms.shuffled(run).plan(1)
 
 
 def test_cross_attention_by_loops():
     g = torch.Generator().manual_seed(0)
     words, regions = (F.normalize(torch.randn(*shape, generator=g), dim=-1) for shape in ((3, 5), (2, 4, 5)))
-    for image, found in enumerate(claims.cross_attention(words, regions).tolist()):
+    for image, found in enumerate(ablations.cross_attention(words, regions).tolist()):
         total = 0.0
         dots = torch.stack([F.normalize((words @ region).clamp(min=0), dim=0) for region in regions[image]])  # [4, 3]
         for word in range(3):
@@ -37,17 +105,3 @@ def test_cross_attention_by_loops():
             attended = sum(w * regions[image, region] for region, w in enumerate(weights)) / sum(weights)
             total += F.cosine_similarity(words[word], attended, dim=0).item() / 3
         assert found == pytest.approx(total, abs=1e-5)
-
-
-def test_a_bert_cut_to_the_words_of_some_captions_reads_them_alike(bert, tmp_path):
-    captions = ["a dog runs", "a cat"]
-    bundle.shorten(str(bert), captions, tmp_path / "short")
-    states = []
-    for folder, dtype in ((bert, torch.float16), (tmp_path / "short", torch.float16)):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = BertModel.from_pretrained(folder, add_pooling_layer=False).to(dtype).float().eval()
-        with torch.no_grad():
-            given = tokenizer(captions, padding=True, return_tensors="pt")
-            states.append(model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])[0])
-    assert torch.allclose(*states, atol=1e-4)
-    assert model.config.vocab_size < BertModel.from_pretrained(bert).config.vocab_size

@@ -361,10 +361,11 @@ def test_karpathy_s_json_and_the_pictures_are_enough(flags, own, weights, tmp_pa
     images = [{"filename": f"{i}.png", "filepath": "album é", "split": ["train", "val"][i % 5 == 0],
                "sentences": [{"raw": "a red dog runs"}, {"raw": "a blue cat"}]} for i in range(20)]
     (own / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
-    flags = [*flags, "--data-root", str(own), "--epochs", "1", *weights["detector"]]
-    assert train.main(flags) == 0  # no --regions: there are no feature files, so the detector looks
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["pictures"]["regions"] == "detector"
-    assert "flickr8k has no test split" in capsys.readouterr().out
+    flags = [*flags, "--data-root", str(own), "--epochs", "1", *weights["grid"]]
+    assert train.main(flags) == 0  # no --regions: there are no feature files and no GPU, so the grid looks
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["pictures"]["regions"] == "grid"
+    said = capsys.readouterr().out
+    assert "flickr8k has no test split" in said and "--regions detector changes that" in said
     assert retrieve.main(["search", str(tmp_path / "run"), "--image", "0.png"]) == 0
 
 
