@@ -2,7 +2,7 @@
 
 Read beside both papers' experiments. An image is a set of regions, each with a feature vector and a box. A caption
 belongs to one image, and `image_of` (caption -> row of its image) says to which. Five captions an image are usual, but
-nothing here counts on it. Where the files come from is told in `sources/`.
+nothing here counts on it. Where the files come from is told in `sources/`; docs/symbols.md lists the papers' symbols.
 
 A batch is a dictionary of tensors, for B captions and their I images, each image once:
 

@@ -3,6 +3,7 @@
 Read beside TGDT, the part on two-stage inference, and both papers' experiments. Stage 1 takes dot products of the
 global embeddings and keeps the best K of the corpus. Stage 2 sorts these K by global + weight x local. An image is a
 query for captions, a caption is a query for images, and both directions work alike. Both stages are exact.
+docs/symbols.md lists the papers' symbols.
 """
 from __future__ import annotations
 
@@ -195,9 +196,8 @@ def local_matrix(images: Embeddings, texts: Embeddings, reduction: str = "sum") 
 def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
     """The rank of the best right answer of each query, 1 is first; [Q] long.
 
-    scores [Q, N], or corpus_image [N] as [Q, N] for candidates that differ by query. query_image [Q] and corpus_image
-    say which image a row belongs to, and an answer is right if they agree. Among equal scores the right answer ranks
-    last, so a constant similarity scores nothing. A NaN loses every comparison.
+    scores [Q, N]. query_image [Q] and corpus_image, [N] or [Q, N], say which image a row belongs to; an answer is right
+    if they agree. Among equal scores the right answer ranks last, so a constant similarity scores nothing. A NaN loses.
     """
     right = query_image[:, None] == corpus_image
     truth = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
@@ -243,8 +243,7 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     """
     device = images.globals.device
     image_of, rows = torch.as_tensor(image_of, device=device), torch.arange(len(images), device=device)
-    out, seconds = {}, {}
-    start = now(device)
+    out, seconds, start = {}, {}, now(device)
     dots = images.globals @ texts.globals.T
     i2t, t2i = ranks(dots, rows, image_of), ranks(dots.T, image_of, rows)
     out["global"], seconds["global"] = metrics(i2t, t2i), now(device) - start
@@ -269,9 +268,12 @@ def now(device: torch.device) -> float:  # seconds, when the device has done all
 
 
 def main(argv: list[str] | None = None) -> int:
-    from harness import search as command_line  # the concept above knows nothing of it
+    from harness import flags  # what is above knows nothing of it
 
-    return command_line.main(argv)
+    args = flags.search_parser().parse_args(argv)
+    from harness.search import run  # after the flags, so that --help need not wait for it
+
+    return run(args)
 
 
 if __name__ == "__main__":

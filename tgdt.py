@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertModel
 
 
 class Encoded(NamedTuple):
@@ -102,7 +101,7 @@ class TokenGuidedEncoder(nn.Module):
 
 
 class TGDT(nn.Module):
-    """Both branches (TGDT, architecture). `bert` is a `BertModel`, already cut to its first layers.
+    """Both branches (TGDT, architecture). `bert` is a `BertModel` of transformers, already cut to its first layers.
 
     region_width None stands for the paper's choice, the width of the features. `guide` is no part of TGDT: the unified
     model puts one of USER's enhancements (`user.py`) in front of the region encoder. `batch` has the names and shapes
@@ -111,7 +110,7 @@ class TGDT(nn.Module):
 
     def __init__(
         self,
-        bert: BertModel,
+        bert: nn.Module,
         feature_dim: int = 2048,
         dim: int = 1024,
         region_width: int | None = None,
@@ -153,7 +152,7 @@ class TGDT(nn.Module):
         return Encoded(globals_, tokens[:, 1:-1], mask[:, 2:])
 
 
-def first_layers(bert: BertModel, layers: int | None) -> BertModel:
+def first_layers(bert: nn.Module, layers: int | None) -> nn.Module:
     """Cut BERT to its first `layers` layers (TGDT, word encoder: six). None keeps all of them.
 
     The output is then the full model's hidden state of that number. Raises ValueError if BERT has fewer layers.

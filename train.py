@@ -1,6 +1,6 @@
 """Training: one step, the loop.
 
-Read beside both papers' experiments, the details of training.
+Read beside both papers' experiments, the details of training; docs/symbols.md lists the papers' symbols.
 
     python train.py                                             the built-in scenes, TGDT, three minutes on two cores
     python train.py --dataset flickr30k --data-root DIR         Flickr30K from files of features, or from its pictures
@@ -138,9 +138,12 @@ def train(run, loss_of=batch_loss) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from harness import training  # the concept above knows nothing of it
+    from harness import flags  # what is above knows nothing of it
 
-    return training.main(train, argv)
+    given, options = flags.parse(argv)
+    from harness import training  # after the flags, so that --help need not wait for it
+
+    return training.main(train, given, options)
 
 
 if __name__ == "__main__":

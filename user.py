@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import BertModel
 
 from tgdt import Encoded
 
@@ -152,13 +151,13 @@ class GeneralizedPooling(nn.Module):
 
 
 class USER(nn.Module):
-    """Both branches (USER, encoders). `bert` is a `BertModel`, `guide` is SGE, CGE or None.
+    """Both branches (USER, encoders). `bert` is a `BertModel` of transformers, `guide` is SGE, CGE or None.
 
     `batch` has the names and shapes of `data.Pairs`: regions [B, R, F], region_mask [B, R], for CGE also clip [B, E];
     word_ids and word_mask [B, W]. USER has no fine tokens: it encodes the coarse vector alone.
     """
 
-    def __init__(self, bert: BertModel, feature_dim: int = 2048, dim: int = 1024, guide: nn.Module | None = None):
+    def __init__(self, bert: nn.Module, feature_dim: int = 2048, dim: int = 1024, guide: nn.Module | None = None):
         super().__init__()
         self.guide = guide
         self.project = nn.Linear(feature_dim, dim)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from harness import console, figures, flags, index, models, pictures, report
+from harness import console, figures, index, models, pictures, report
 from harness import folder as folders
 from harness import settings as settings_
 from harness.settings import Settings
@@ -284,8 +284,7 @@ def picture_query(run: Searched, name: str) -> tuple[dict[str, Tensor], Image.Im
 COMMANDS = {"evaluate": run_evaluate, "index": run_index, "search": run_search}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line of `retrieve.py`. Returns the exit code."""
-    args = flags.search_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Run the command of `retrieve.py` that the flags ask for. Returns the exit code."""
     matplotlib.use("Agg")  # it draws into files, also where there is no screen
     return console.run_command(lambda: COMMANDS[args.command](args) or 0)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 import data
-from harness import console, figures, flags, folder, models, pictures, report
+from harness import console, figures, folder, models, pictures, report
 from harness import settings as settings_
 from harness.settings import Settings
 from sources.files import BadInput, write_whole
@@ -224,9 +224,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last)
 
 
-def main(train: Callable[[Run], bool], argv: list[str] | None = None) -> int:
-    """The command line of `train.py`, whose loop is `train`. Returns the exit code."""
-    given, options = flags.parse(argv)
+def main(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
+    """The command of `train.py`, whose loop is `train`. given, options: from `flags.parse`. Returns the exit code."""
     matplotlib.use("Agg")  # a run draws into files, also where there is no screen
     return console.run_command(lambda: command(train, given, options))
 
