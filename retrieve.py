@@ -86,9 +86,8 @@ def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind
            device: torch.device | str = "cpu", precision: str = "float32") -> Embeddings:
     """Encode all images or all captions once.
 
-    batches: from `data.image_batches` or `data.text_batches`; `image_index` or `caption_index` says where its rows go.
-    kind: "image" or "text". count: the number of rows of all batches. precision: "float32" or "bfloat16", that of the
-    network; the embeddings come back in float32.
+    batches: from `data.image_batches` or `data.text_batches`. kind: "image" or "text". count: rows of all batches.
+    precision: of the network, "float32" or "bfloat16"; the embeddings are float32.
     """
     model.eval()
     encode_batch = model.encode_images if kind == "image" else model.encode_texts

@@ -26,15 +26,15 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def curves(history: list[dict], path: Path) -> None:
-    """Training loss, and validation recall, epoch by epoch; `history` as in history.jsonl."""
+    """Training loss, validation R@1 and validation rsum, epoch by epoch. history: the lines of history.jsonl."""
     epochs = [line["epoch"] for line in history]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     left.plot(epochs, [line["loss"] for line in history], ".-", color="black")
     left.set(xlabel="epoch", title="training loss, per pair")
-    if min(line["loss"] for line in history) > 0:  # UTO falls below it
+    if min(line["loss"] for line in history) > 0:  # UTO can fall below 0
         left.set_ylim(0, None)
     easy = [line["epoch"] for line in history if line.get("negatives") == "mean"]
-    if easy and len(easy) < len(history):
+    if easy and len(easy) < len(history):  # mark the epoch in which the loss changed
         left.axvline(easy[-1] + 0.5, color=QUIET, linestyle=":")
         left.text(easy[-1] + 0.55, left.get_ylim()[0], "hardest negatives from here", color=QUIET, fontsize=8,
                   va="bottom")
@@ -56,11 +56,14 @@ def curves(history: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def show_picture(axis: Axes, split: data.Split, row: int, color: str | None = None, width: int = 26) -> None:
-    """A picture in a coloured frame, or its name where the dataset came without pictures."""
+def show_picture(axis: Axes, split: data.Split, row: int, color: str | None = None) -> tuple[int, int]:
+    """Draw image `row` in a coloured frame, or write its name if there is no picture.
+
+    Returns its width and height in the units of the axis: pixels, or (1, 1) if there is no picture.
+    """
     picture = split.picture(row)
     if picture is None:
-        axis.text(0.5, 0.5, "\n".join(textwrap.wrap(split.image_names[row], width)), ha="center", va="center",
+        axis.text(0.5, 0.5, "\n".join(textwrap.wrap(split.image_names[row], 26)), ha="center", va="center",
                   fontsize=7, color=QUIET)
         axis.set(xlim=(0, 1), ylim=(0, 1))
     else:
@@ -68,21 +71,28 @@ def show_picture(axis: Axes, split: data.Split, row: int, color: str | None = No
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=color or "#cccccc", linewidth=4 if color else 1)
+    return (1, 1) if picture is None else picture.size
 
 
-def show_caption(axis: Axes, text: str, color: str = "black", size: float = 9, width: int = 30) -> None:
+def show_box(axis: Axes, box: np.ndarray, color: np.ndarray, linewidth: float) -> None:
+    """Draw the outline of a box: x1, y1, x2, y2 in the units of the axis."""
+    x1, y1, x2, y2 = box
+    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=linewidth))
+
+
+def show_caption(axis: Axes, text: str, size: float = 9, width: int = 30) -> None:
+    """Write a text, in lines of at most `width` characters."""
     axis.axis("off")
     lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width)]
-    axis.text(0.0, 0.5, "\n".join(lines), va="center", fontsize=size, color=color,
-              transform=axis.transAxes)
+    axis.text(0.0, 0.5, "\n".join(lines), va="center", fontsize=size, transform=axis.transAxes)
 
 
 def retrieval(split: data.Split, images_found: torch.Tensor, captions_found: torch.Tensor,
               caption_queries: torch.Tensor, image_queries: torch.Tensor, path: Path) -> None:
-    """A sheet of queries beside what two-stage search found; a green frame or letter is right, a red one wrong.
+    """Queries beside what two-stage search found. Right answers are green, wrong ones red.
 
-    caption_queries [q] rows of captions and images_found [q, 5] rows of images; image_queries [p] rows of images and
-    captions_found [p, 5] rows of captions.
+    caption_queries [q] are rows of captions, images_found [q, 5] the rows of the images that they found.
+    image_queries [p] are rows of images, captions_found [p, 5] the rows of the captions that they found.
     """
     lines = len(caption_queries) + len(image_queries)
     figure = plt.figure(figsize=(13, 2.1 * lines + 0.6))
@@ -90,41 +100,40 @@ def retrieval(split: data.Split, images_found: torch.Tensor, captions_found: tor
     for line, (query, found) in enumerate(zip(caption_queries.tolist(), images_found.tolist(), strict=True)):
         show_caption(figure.add_subplot(grid[line, 0]), split.captions[query])
         for place, row in enumerate(found):
-            show_picture(figure.add_subplot(grid[line, place + 1]), split, row,
-                         RIGHT if row == split.image_of[query] else WRONG)
+            color = RIGHT if row == split.image_of[query] else WRONG
+            show_picture(figure.add_subplot(grid[line, place + 1]), split, row, color)
     for line, (query, found) in enumerate(zip(image_queries.tolist(), captions_found.tolist(), strict=True),
                                           len(caption_queries)):
         show_picture(figure.add_subplot(grid[line, 0]), split, query)
         axis = figure.add_subplot(grid[line, 1:])
         axis.axis("off")
         for place, row in enumerate(found):
-            right = split.image_of[row] == query
+            color = RIGHT if split.image_of[row] == query else WRONG
             text = f"{place + 1}.  {textwrap.shorten(split.captions[row], 115)}"
-            axis.text(0.02, 0.9 - place * 0.2, text, fontsize=10, va="center", color=RIGHT if right else WRONG,
-                      transform=axis.transAxes)
+            axis.text(0.02, 0.9 - place * 0.2, text, fontsize=10, va="center", color=color, transform=axis.transAxes)
     figure.suptitle("A caption finds pictures, a picture finds captions (green: right, red: wrong)", y=0.9, fontsize=12)
     save(figure, path)
 
 
 def alignment(split: data.Split, row: int, words: list[str], dots: np.ndarray, boxes: np.ndarray, path: Path) -> None:
-    """What each word of a caption looks at: its most similar region on the picture, and all similarities.
+    """The most similar region of each word of a caption, and the similarities of all words and regions.
 
-    row: the image; words [W]; dots [W, R] local similarities; boxes [R, 4] in 0..1 (zeros where unknown).
+    row: the image. words: W texts. dots: their similarities [W, R]. boxes: [R, 4] in 0..1, all 0 if not known.
     """
     known = boxes.any()
-    best = dots.argmax(1)
+    best = dots.argmax(1)  # [W], a region for each word
     colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(words)))
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.3 * len(words) + 2.2), width_ratios=[1, 1.6])
-    show_picture(left, split, row)
-    width, height = (picture.size if (picture := split.picture(row)) is not None else (1, 1))
+    width, height = show_picture(left, split, row)
     if known:
-        drawn: dict[int, int] = {}
+        corners = boxes * [width, height, width, height]
+        labels = Counter()  # how many words stand on a region already; the next one goes below them
         for word, region, color in zip(words, best, colors, strict=True):
-            x1, y1, x2, y2 = boxes[region] * [width, height, width, height]
-            left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
-            shift = drawn[region] = drawn.get(region, -1) + 1
-            left.text(x1, y1 + shift * 0.05 * height, word, fontsize=8, color="white", va="top",
+            show_box(left, corners[region], color, 2)
+            x, y = corners[region, :2]
+            left.text(x, y + labels[region] * 0.05 * height, word, fontsize=8, color="white", va="top",
                       bbox={"facecolor": color, "edgecolor": "none", "pad": 1.2})
+            labels[region] += 1
     left.set_title("each word on its most similar region" if known else "this layout has no boxes", fontsize=10)
     shown = right.imshow(dots, aspect="auto", cmap="viridis")
     right.scatter(best, range(len(words)), marker="x", color="white", s=22)
@@ -134,7 +143,10 @@ def alignment(split: data.Split, row: int, words: list[str], dots: np.ndarray, b
 
 
 def shortlists(lines: list[dict], result: dict, path: Path) -> None:
-    """Recall and time against the length of the shortlist; `lines` as from `measure.shortlists`."""
+    """Recall and time against the length of the shortlist.
+
+    lines: from `report.shortlists`. result: from `report.measure`, which gives the horizontal lines.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     lengths = [line["k"] for line in lines]
     for axis, name, title in ((left, "rsum", "rsum, at most 600"), (right, "seconds", "seconds, both directions")):
@@ -152,14 +164,14 @@ def shortlists(lines: list[dict], result: dict, path: Path) -> None:
 
 
 def guided(split: data.Split, row: int, attention: np.ndarray, boxes: np.ndarray, path: Path) -> None:
-    """Which regions of an image the guide strengthens, and by how much: attention [R], boxes [R, 4] in 0..1."""
+    """How much the guide strengthens each region of image `row`. attention: [R]. boxes: [R, 4] in 0..1."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), width_ratios=[1, 1.6])
-    show_picture(left, split, row)
-    width, height = (picture.size if (picture := split.picture(row)) is not None else (1, 1))
-    strength = (attention - attention.min()) / max(np.ptp(attention), 1e-9)
+    width, height = show_picture(left, split, row)
+    strength = attention - attention.min()
+    strength = strength / max(strength.max(), 1e-9)  # 0 for the least, 1 for the most
     colors = plt.get_cmap("viridis")(strength)
-    for (x1, y1, x2, y2), value, color in zip(boxes * [width, height, width, height], strength, colors, strict=True):
-        left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=0.5 + 2.5 * value))
+    for box, value, color in zip(boxes * [width, height, width, height], strength, colors, strict=True):
+        show_box(left, box, color, 0.5 + 2.5 * value)
     left.set_title("what the guide strengthens" if boxes.any() else "this layout has no boxes", fontsize=10)
     right.bar(range(len(attention)), attention, color=colors)
     right.set(xlabel="region", title="the guide's attention")
@@ -168,7 +180,7 @@ def guided(split: data.Split, row: int, attention: np.ndarray, boxes: np.ndarray
 
 
 def found_images(split: data.Split, caption: str, rows: list[int], path: Path) -> None:
-    """The pictures that a caption found; `rows` of images, best first."""
+    """The images that a caption found. rows: of the images, best first."""
     figure, axes = plt.subplots(1, len(rows), figsize=(2.4 * len(rows), 3), squeeze=False)
     for place, (axis, row) in enumerate(zip(axes[0], rows, strict=True), 1):
         show_picture(axis, split, row)
@@ -178,7 +190,7 @@ def found_images(split: data.Split, caption: str, rows: list[int], path: Path) -
 
 
 def found_captions(picture: Image.Image | None, captions: list[str], path: Path) -> None:
-    """The captions that a picture found, best first."""
+    """The captions that a picture found, best first. picture: None if the dataset has no pictures."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), width_ratios=[1, 2.4])
     left.axis("off")
     if picture is not None:

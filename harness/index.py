@@ -81,13 +81,13 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Encode, nam
 def replace(growing: Path, out: Path) -> None:
     """Put the new index in the place of the old one. A kill between the steps leaves none, and nothing to do again."""
     old = out.with_name(f".{out.name}.index-replaced")
+    shutil.rmtree(old, ignore_errors=True)  # the rest of an earlier call that was killed while it cleaned up
     if out.exists():
         os.replace(out, old)
     os.replace(growing, out)
     for name in ("progress.json", ".lock"):
         (out / name).unlink(missing_ok=True)
-    if is_index(old):  # of this call, or of one that was killed
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_progress(growing: Path, identity: dict) -> dict:
@@ -153,6 +153,8 @@ def load(folder: Path) -> Index:
     wanted = {"checkpoint", "run", "split", "dtype", "dim", "tokens", "counts", "checksums"}
     if not isinstance(manifest, dict) or not wanted <= manifest.keys() or manifest["dtype"] not in DTYPES:
         raise BadInput(f"{folder / 'manifest.json'}: not the manifest of an index: make the index anew")
+    if not isinstance(names, dict):
+        raise BadInput(f"{folder / 'names.json'}: not the names of an index: make the index anew")
     for kind, what in (("image", "images"), ("text", "captions")):
         if len(names.get(what, ())) != manifest["counts"][kind]:
             raise BadInput(f"{folder / 'names.json'}: {len(names.get(what, ()))} {what}, expected "
