@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,7 @@ RIGHT, WRONG, QUIET = "#1a9850", "#d73027", "#888888"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture of the kind that the ending of its name says, and forget the figure."""
+    """Write a figure to a file and close it. The ending of the name says the format."""
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110, bbox_inches="tight"))
     plt.close(figure)
 

@@ -93,13 +93,14 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
+    check_picture_name(args.save)
     run = open_run(args.run, args, args.split)
+    if args.shortlist and run.settings.run.model == "user":
+        raise BadInput(f"--shortlist: {args.run} has no fine tokens to re-rank by")
     result, images, texts = report.measure(run.model, run.split, run.words, run.settings, run.device, run.precision,
                                            dtype=index.DTYPES[args.dtype])
     print(report.table(result))
     if args.shortlist:
-        if texts.tokens is None:
-            raise BadInput(f"--shortlist: {args.run} has no fine tokens to re-rank by")
         lines = report.shortlists(images, texts, run.split.image_of, args.shortlist, run.settings.cmc.local_weight,
                                   run.settings.cmc.reduction)
         print("\n    K   R@1 i2t   R@1 t2i      rsum   seconds")
@@ -209,10 +210,11 @@ def answer(run: Searched, query: Embeddings, corpus: Embeddings, names: list[str
            top: int) -> tuple[Tensor, list[list[dict]]]:
     """The rows found [q, top], and of each its name, its score, and the two parts of the score."""
     settings, weight = run.settings, run.settings.cmc.local_weight
+    query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the processor
     shortlist = settings.search.images_shortlist if corpus.kind == "image" else settings.search.captions_shortlist
     rows, scores = search(query, corpus, max(shortlist, top), weight, settings.cmc.reduction)
     rows, scores = rows[:, :top].cpu(), scores[:, :top].cpu()
-    coarse = (query.globals.cpu()[:, None] * corpus.globals[rows.to(corpus.globals.device)].cpu()).sum(2)
+    coarse = (query.globals[:, None] * corpus.globals[rows.to(query.globals.device)]).sum(2).cpu()
     fine = (scores - coarse) / weight if weight else torch.zeros_like(scores)
     lines = zip(rows.tolist(), scores.tolist(), coarse.tolist(), fine.tolist(), strict=True)
     return rows, [[{"name": names[row], "row": row, "score": score, "global": a, "local": b}
@@ -237,8 +239,7 @@ def check_search(args: argparse.Namespace) -> list[str]:
     """The captions asked for. Raises BadInput if the flags make no sense."""
     if args.top < 1:
         raise BadInput(f"--top {args.top}: expected at least 1")
-    if args.save and args.save.suffix not in (".png", ".jpg", ".pdf", ".svg"):
-        raise BadInput(f"--save {args.save}: expected a name that ends in .png, .jpg, .pdf or .svg")
+    check_picture_name(args.save)
     if args.queries:
         if args.save:
             raise BadInput("--save draws one query, --queries has many")
@@ -246,6 +247,12 @@ def check_search(args: argparse.Namespace) -> list[str]:
     if args.caption is not None and not args.caption.strip():
         raise BadInput("the caption is empty")
     return [args.caption]
+
+
+def check_picture_name(path: Path | None) -> None:
+    """Raises BadInput if we cannot draw a picture of the kind that --save asks for."""
+    if path and path.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise BadInput(f"--save {path}: expected a name that ends in .png, .jpg, .pdf or .svg")
 
 
 def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The index and the search command line: an index gives what the run gives, and survives kills and changes."""
+"""The index on disk: it holds what was encoded, survives kills, and notices changes."""
 import json
 from pathlib import Path
 
@@ -7,10 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import retrieve
-import train
 from harness import index
-from harness import search as command_line
 from retrieve import Embeddings, search
 from sources.files import BadInput
 
@@ -207,70 +204,22 @@ def test_arrays_that_were_swapped_or_overwritten_are_noticed(sides, tmp_path):
         index.load(out)
 
 
-# ------------------------------------------------------------------------------------------------- command line
+@pytest.mark.parametrize("left", [["manifest.json", "text.tokens"], ["text.tokens"]])
+def test_a_kill_while_the_old_index_is_removed_stops_no_later_one(sides, tmp_path, left):
+    build(tmp_path / "index", sides)
+    old = tmp_path / ".index.index-replaced"
+    old.mkdir()
+    for name in left:
+        (old / name).write_text("{}")
+    build(tmp_path / "index", sides, checkpoint="new")
+    assert index.load(tmp_path / "index").manifest["checkpoint"] == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-@pytest.mark.parametrize("model", ["tgdt", "user"])
-def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkeypatch):
-    run, out = str(tmp_path / "run"), str(tmp_path / "index")
-    assert train.main([*flags, "--model", model, "--epochs", "1"]) == 0
-    assert retrieve.main(["index", run, "--out", out, "--dtype", "float32"]) == 0
-    for query in (["a red dog"], ["--image", "2"]):
-        capsys.readouterr()
-        answers = []
-        for where in (run, out):
-            assert retrieve.main(["search", where, *query, "--top", "3", "--json"]) == 0
-            answers.append(json.loads(capsys.readouterr().out))
-        a, b = ([(found["name"], found["row"]) for found in answer["found"]] for answer in answers)
-        assert a == b and len(a) == 3
-        for ours, theirs in zip(answers[0]["found"], answers[1]["found"], strict=True):
-            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
-            fine = 10 * ours["local"] if model == "tgdt" else 0
-            assert ours["score"] == pytest.approx(ours["global"] + fine, abs=1e-4)
-    captions = tmp_path / "captions.txt"
-    captions.write_text("a red dog\na small ball\n")
-    monkeypatch.setattr(command_line, "QUERIES", 1)
-    assert retrieve.main(["search", out, "--queries", str(captions), "--json", "--top", "2"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["query"] for line in lines] == ["a red dog", "a small ball"]
-    alone = answers_of(out, "a red dog", capsys)
-    assert [found["row"] for found in lines[0]["found"]] == [found["row"] for found in alone]
-    assert lines[0]["found"][0]["score"] == pytest.approx(alone[0]["score"], abs=1e-4)
-    picture = tmp_path / "found.png"
-    assert retrieve.main(["search", out, "a red dog", "--save", str(picture)]) == 0 and picture.stat().st_size > 0
-
-    weights = Path(run) / "best.pt"
-    weights.write_bytes(weights.read_bytes() + b"trained on")
-    capsys.readouterr()
-    assert retrieve.main(["search", out, "a red dog"]) == 2
-    message = capsys.readouterr().err
-    assert "another checkpoint" in message and message.count("\n") == 1
-
-
-def answers_of(where: str, caption: str, capsys) -> list:
-    assert retrieve.main(["search", where, caption, "--top", "2", "--json"]) == 0
-    return json.loads(capsys.readouterr().out)["found"]
-
-
-def test_half_precision_and_an_index_s_own_split(flags, tmp_path, capsys):
-    run, out = str(tmp_path / "run"), str(tmp_path / "index")
-    assert train.main([*flags, "--epochs", "1"]) == 0
-    for dtype in ("float16", "bfloat16"):
-        assert retrieve.main(["evaluate", run, "--dtype", dtype]) == 0
-    assert retrieve.main(["index", run, "--out", out]) == 0
-    assert retrieve.main(["search", out, "a red dog"]) == 0
-    capsys.readouterr()
-    assert retrieve.main(["search", out, "a red dog", "--split", "train"]) == 2
-    assert "split val, not train" in capsys.readouterr().err
-
-
-def test_shortlists_of_several_lengths(flags, tmp_path, capsys):
-    assert train.main([*flags, "--epochs", "1"]) == 0
-    capsys.readouterr()
-    assert retrieve.main(["evaluate", str(tmp_path / "run"), "--shortlist", "1,2,8"]) == 0
-    said = capsys.readouterr().out
-    assert (tmp_path / "run" / "shortlist.png").stat().st_size > 0
-    rows = [line.split() for line in said.splitlines()]
-    assert [row[0] for row in rows if len(row) == 5 and row[0] in "128"] == ["1", "2", "8"]
-    mixed = next(row for row in rows if row[:2] == ["exhaustive", "mixed"])
-    assert next(row for row in rows if row[:1] == ["8"])[3] == mixed[-2]  # the whole corpus on the list
+@pytest.mark.parametrize("name", ["names.json", "manifest.json"])
+@pytest.mark.parametrize("garbage", ["{", "[]", "3", "null"])
+def test_garbage_in_the_folder_is_named(sides, tmp_path, name, garbage):
+    build(tmp_path / "index", sides)
+    (tmp_path / "index" / name).write_text(garbage)
+    with pytest.raises(BadInput, match=name):
+        index.load(tmp_path / "index")
