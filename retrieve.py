@@ -164,10 +164,10 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
     The pairs are sorted by image. Then the words of all captions that meet an image take one product with its regions.
     """
     order = image.argsort(stable=True)
-    image, caption = image[order], caption[order]
+    image, caption = image[order], caption[order].to(texts.offsets.device)
     items, counts = image.unique_consecutive(return_counts=True)
     best = []                                                                  # of each word, its most similar region
-    for item, captions in zip(items, caption.split(counts.tolist()), strict=True):
+    for item, captions in zip(items.to(images.offsets.device), caption.split(counts.tolist()), strict=True):
         regions = images.tokens_of(item[None]).to(image.device, texts.tokens.dtype)                 # [R, D]
         for piece in captions.split(PIECE):
             words = texts.tokens_of(piece).to(image.device)                                         # [n, D]

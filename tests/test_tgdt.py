@@ -1,4 +1,4 @@
-"""The model: parity with the released weights, and embeddings that depend on nothing but their own input."""
+"""tgdt.py: shapes, masks, and embeddings that depend on nothing but their own input."""
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""user.py: parity with the released weights, brute-force twins, and what may not change an embedding."""
+"""user.py: brute-force twins, and what may not change an embedding."""
 from pathlib import Path
 
 import pytest
