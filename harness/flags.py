@@ -95,6 +95,8 @@ def parser(shown: settings.Settings) -> Parser:
                        help="processes that read features (default 0) or decode pictures (default: one a core)")
     other.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
+    other.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
+    other.add_argument("--log", choices=("tensorboard", "wandb"), help="send history.jsonl there too, if installed")
     other.add_argument("--print-settings", action="store_true", help="print what the flags amount to, and exit")
     other.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
     other.add_argument("--help", "-h", action="help", help="print this, and exit")
@@ -104,8 +106,8 @@ def parser(shown: settings.Settings) -> Parser:
 def parse(argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
     """The command line -> the settings that it gives (name -> value, None if not given), and the other flags.
 
-    The others are device, workers, out, resume and print_settings. Paths become absolute, so that the run can be used
-    from another folder. Exits with code 2 for a mistake in a flag. The values are checked later, by `settings.make`.
+    The others are device, workers, out, resume, quiet, log and print_settings. Paths become absolute, so that the run
+    can be used from another folder. Exits with code 2 for a mistake in a flag. The values are checked later, by `settings.make`.
     """
     first = Parser(prog="train.py", add_help=False)  # it finds out which defaults --help shows
     for name in ("dataset", "model", "preset"):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 import data
-from harness import console, figures, folder, models, pictures, report
+from harness import console, figures, folder, logs, models, pictures, report
 from harness import settings as settings_
 from harness.settings import Settings
 from sources.files import BadInput, write_whole
@@ -48,6 +48,8 @@ class Run:
     precision: str
     workers: int = 0
     last: dict | None = None   # the checkpoint to go on from
+    quiet: bool = False        # no progress bar, no line an epoch
+    log: Callable[[dict], None] = lambda line: None  # see harness/logs.py
     epoch: int = 0
     step: int = 0              # within the epoch
     losses: list[float] = field(default_factory=list)  # seen in this epoch, per pair
@@ -57,7 +59,8 @@ class Run:
         self.steps_per_epoch = len(self.plan(0))
         self.started = self.saved = time.perf_counter()
         self.interrupt, self.optimizer = Interrupt(), None
-        self.bar = tqdm(total=self.settings.training.epochs * self.steps_per_epoch, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=self.settings.training.epochs * self.steps_per_epoch, unit="step", dynamic_ncols=True,
+                        disable=self.quiet)
 
     # ------------------------------------------------------------------------------------------ what the loop calls
 
@@ -135,8 +138,10 @@ class Run:
         self.save()
         self.write_history()
         figures.curves(self.history, self.out / "curves.png")
-        tqdm.write(f"epoch {self.epoch:3d}  loss {line['loss']:.3f}  val R@1 {final['i2t']['r1']:.1f} / "
-                   f"{final['t2i']['r1']:.1f}  rsum {final['rsum']:.1f}{'  best' if best else ''}")
+        self.log(line)
+        if not self.quiet:
+            tqdm.write(f"epoch {self.epoch:3d}  loss {line['loss']:.3f}  val R@1 {final['i2t']['r1']:.1f} / "
+                       f"{final['t2i']['r1']:.1f}  rsum {final['rsum']:.1f}{'  best' if best else ''}")
 
     def write_history(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
@@ -189,7 +194,8 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0) -> Run:
+def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0,
+           quiet: bool = False) -> Run:
     """Load the data, the text encoder and the features, and build the model. Writes settings.json first.
 
     Raises BadInput if data, a text encoder, a CLIP, a checkpoint or a folder cannot be used.
@@ -221,7 +227,7 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
     tokenizer.save_pretrained(out / "tokenizer")
     inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict(), "train_data": train_data}
-    return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last)
+    return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last, quiet)
 
 
 def main(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
@@ -242,7 +248,9 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
         elif any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt")):
             raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
         try:
-            run = set_up(settings, out, options.device, options.resume, options.workers)
+            log = logs.open_log(options.log, out, settings)
+            run = set_up(settings, out, options.device, options.resume, options.workers, options.quiet)
+            run.log = log
             finished = train_guarded(train, run)
         except BadInput:
             if not options.resume and not (out / "checkpoint.pt").is_file():  # nothing to go on from

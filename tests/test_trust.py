@@ -138,3 +138,29 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, capsys, monkeypat
     monkeypatch.undo()
     assert before == {name: (run / name).read_bytes() for name in before}
     assert train.main(resume(run, "--epochs", "2")) == 0
+
+
+def test_a_run_can_be_quiet(flags, capsys):
+    assert train.main([*flags, "--epochs", "1", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "epoch   1" not in said.out and "two-stage" in said.out and "step" not in said.err
+
+
+def test_a_log_gets_what_history_has_or_says_what_to_install(flags, tmp_path, capsys, monkeypatch):
+    refused(train.main, [*flags, "--log", "wandb"], capsys, "pip install wandb")
+    sent = []
+
+    class Wandb:
+        @staticmethod
+        def init(dir: Path, name: str, config: dict) -> "Wandb":
+            assert config["epochs"] == 2
+            return Wandb()
+
+        def log(self, values: dict, step: int) -> None:
+            sent.append((step, values))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    assert train.main([*flags, "--log", "wandb"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [step for step, _ in sent] == [1, 2]
+    assert [values["val/two_stage/rsum"] for _, values in sent] == [line["val"]["two_stage"]["rsum"] for line in lines]
