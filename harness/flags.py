@@ -107,7 +107,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
     """The command line -> the settings that it gives (name -> value, None if not given), and the other flags.
 
     The others are device, workers, out, resume, quiet, log and print_settings. Paths become absolute, so that the run
-    can be used from another folder. Exits with code 2 for a mistake in a flag. The values are checked later, by `settings.make`.
+    can be used from another folder. Exits with code 2 for a mistake in a flag. The values are checked later, by
+    `settings.make`.
     """
     first = Parser(prog="train.py", add_help=False)  # it finds out which defaults --help shows
     for name in ("dataset", "model", "preset"):
