@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import json
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from sources import photos
 from sources.features import TERAN, read_array
 from sources.files import BadInput, explained
 
@@ -58,6 +60,20 @@ def read_karpathy(path: Path) -> list[Entry]:
             size = (float(image["width"]), float(image["height"])) if "width" in image else None
             captions = [sentence["raw"].strip() for sentence in image["sentences"]]
             entries.append(Entry(where, place, split, file, size, captions))
+    return checked(entries)
+
+
+def checked(entries: list[Entry]) -> list[Entry]:
+    """The same entries. Raises BadInput for an unknown split, text that is broken, or a file outside of the folder."""
+    for entry in entries:
+        with explained(entry.where, "a file name and captions that are text"):
+            name = posixpath.join(*entry.file)
+            "".join(entry.captions).encode()
+        if not photos.usable(name):
+            raise BadInput(f"{entry.where}: found the file name {name!r}, expected one inside of the data's folder, "
+                           "in UTF-8 and without control characters")
+        if entry.split not in ("train", "val", "test"):
+            raise BadInput(f"{entry.where}: split {entry.split!r}, expected train, val or test")
     return entries
 
 
@@ -87,7 +103,7 @@ def read_coco(root: Path, splits: Sequence[str]) -> list[Entry]:
                 entry = Entry(f"{path}: image {image}", image, split, ("", file), size, [])
                 of_split.setdefault(image, entry).captions.append(caption)
         entries += of_split.values()
-    return entries
+    return checked(entries)
 
 
 def read_own(root: Path, split_seed: int) -> list[Entry]:
@@ -95,7 +111,8 @@ def read_own(root: Path, split_seed: int) -> list[Entry]:
     for path in (root / "captions.csv", root / "captions.jsonl"):
         if path.is_file():
             return read_table(path, split_seed)
-    found = sorted([*root.glob("dataset*.json"), *root.glob("annotations/dataset*.json")])
+    found = sorted(path for pattern in ("dataset*.json", "annotations/dataset*.json") for path in root.glob(pattern)
+                   if path.is_file())
     if len(found) != 1:
         raise BadInput(f"{root}: expected captions.csv or captions.jsonl, with a file and a caption on each line, or "
                        f"one dataset_*.json, found {len(found)} of these")
@@ -110,21 +127,21 @@ def read_table(path: Path, split_seed: int) -> list[Entry]:
         split = OTHER_NAMES.get(split, split)
         if not file or not caption:
             raise BadInput(f"{where}: found {json.dumps(line, ensure_ascii=False)}, expected a file and a caption")
-        if split not in ("train", "val", "test", ""):
-            raise BadInput(f"{where}: split {split!r}, expected train, val or test")
+        file = posixpath.normpath(file)  # ./p1.jpg is p1.jpg
         entry = entries.setdefault(file, Entry(where, len(entries), split, ("", file), None, []))
         if entry.split != split:
-            raise BadInput(f"{where}: {file} has split {split or 'none'} here, but {entry.split or 'none'} above")
+            raise BadInput(f"{where}: {file} has split {split or 'none'} here, but {entry.split or 'none'} above, "
+                           f"in {entry.where}")
         entry.captions.append(caption)
     without_split = [entry for entry in entries.values() if not entry.split]
     if not without_split:
-        return list(entries.values())
+        return checked(list(entries.values()))
     if len(without_split) < len(entries):
         raise BadInput(f"{without_split[0].where}: no split, but other lines of the file have one")
     if len(entries) < 4:
         raise BadInput(f"{path}: {len(entries)} pictures, expected at least 4, to draw train, val and test from")
     split_of = draw_splits(sorted(entries), split_seed)
-    return [entry._replace(split=split_of[file]) for file, entry in entries.items()]
+    return checked([entry._replace(split=split_of[file]) for file, entry in entries.items()])
 
 
 def draw_splits(names: list[str], seed: int) -> dict[str, str]:

@@ -10,17 +10,25 @@ of this program.
 """
 from __future__ import annotations
 
+import io
+import math
 import os
+import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from sources import photos
 from sources.files import BadInput, explained
-from sources.store import Store
+from sources.store import LARGEST, Store
 
 TERAN = "linked from github.com/mesnico/TERAN"
+MOST = 64 * 2**20  # bytes of one image's features, or of one file that lists ids
+told: set[str] = set()  # the sources whose zeros have been told
 
 
 class InMemory:
@@ -41,20 +49,20 @@ class OneArray:
     """SCAN's {split}_ims.npy, [rows, R, F] in float32 or float16. It has no boxes, so they are zeros.
 
     repeat: how many rows in a row each image has. Raises BadInput when it is opened if the file is another array or is
-    cut short, and when it is read if a row holds NaN or infinity.
+    cut short, and when it is read if a row holds numbers that no feature has.
     """
 
     def __init__(self, path: Path):
         self.path, self.repeat = path, 1
         with explained(path, "a .npy file"), open(path, "rb") as file:
-            major = np.lib.format.read_magic(file)[0]
-            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[major]
             self.shape, fortran, self.dtype = read_header(file)
             self.start = file.tell()
         if len(self.shape) != 3 or 0 in self.shape or self.dtype not in (np.float32, np.float16) or fortran:
             found = f"{self.dtype} {list(self.shape)} in {'Fortran' if fortran else 'C'} order"
             raise BadInput(f"{path}: found {found}, expected float32 or float16 [images, regions, features] in C order")
         self.dim, self.row_bytes = self.shape[2], self.shape[1] * self.shape[2] * self.dtype.itemsize
+        if self.row_bytes > MOST:
+            raise BadInput(f"{path}: a row has {self.row_bytes:,} bytes, the limit is {MOST:,}")
         have, need = path.stat().st_size, self.start + self.shape[0] * self.row_bytes
         if have < need:
             row = max(0, have - self.start) // self.row_bytes
@@ -70,8 +78,7 @@ class OneArray:
             with explained(self.path, f"{self.row_bytes} bytes for row {row}"):
                 stored = np.fromfile(self.path, self.dtype, regions[0].size, offset=self.start + row * self.row_bytes)
                 regions[place] = stored.reshape(self.shape[1:])
-            if not np.isfinite(regions[place]).all():
-                raise BadInput(f"{self.path}: NaN or infinity in row {row} (image {image})")
+            check(regions[place], self.path, f"in row {row} (image {image})", self.path)
         return regions, np.zeros((*regions.shape[:2], 4), np.float32), np.ones(regions.shape[:2], bool)
 
 
@@ -111,18 +118,18 @@ class ManyFiles:
         feat_file = self.path / "bu_att" / f"{self.ids[row]}.npz"
         box_file = self.path / "bu_box" / f"{self.ids[row]}.npy"
         feat, box = read_array(feat_file, "feat"), read_array(box_file)
-        for file, array, shape in ((feat_file, feat, [max(1, len(feat)), self.dim]), (box_file, box, [len(feat), 4])):
+        wanted = [max(1, len(feat)), max(1, self.dim)]
+        for file, array, shape in ((feat_file, feat, wanted), (box_file, box, [len(feat), 4])):
             if list(array.shape) != shape:
                 raise BadInput(f"{file}: found shape {list(array.shape)}, expected {shape} (regions first)")
-            if not np.isfinite(array).all():
-                raise BadInput(f"{file}: NaN or infinity (image {row})")
+            check(array, file, f"(image {row})", self.path if file == feat_file else None)
         if self.sizes[row] is None:
             picture = self.pictures[row]
             with explained(picture, "a picture"):
                 self.sizes[row] = Image.open(picture).size if picture else tuple(box[:, 2:].max(0).tolist())
         width, height = self.sizes[row]
         outside = max(-box.min(), (box - (width, height, width, height)).max())
-        if outside > 1 or min(width, height) <= 0:  # up to one pixel is rounding
+        if not (outside <= 1 and 0 < min(width, height) and max(width, height) <= LARGEST):  # one pixel is rounding
             raise BadInput(f"{box_file}: a box lies {outside:g} pixels outside its {width:g} x {height:g} picture")
         return feat, (box / (width, height, width, height)).clip(0, 1)
 
@@ -141,12 +148,49 @@ class Stored:
         of_store = self.rows[rows]
         count = self.store.read("count", of_store)  # [n] real regions
         most = count.max()
+        with self.store.told():
+            if not 0 < count.min() <= most <= self.store.arrays["regions"][0][0]:
+                raise BadInput(f"{self.store.folder / 'count'}: found counts from {count.min()} to {most}")
         regions, boxes = (self.store.read(name, of_store)[:, :most] for name in ("regions", "boxes"))
+        for row, values in zip(rows, regions, strict=True):
+            check(values, self.path, f"(image {row})", self.path)
         return regions, boxes, np.arange(most) < count[:, None]
+
+
+def check(values: np.ndarray, path: Path | str, where: str, source: Path | str | None = None) -> None:
+    """Raises BadInput for NaN, infinity and numbers beyond LARGEST. The first image of a source that has only zeros is
+    told on the error output."""
+    largest = np.abs(values).max()
+    if not largest <= LARGEST:
+        found = f"the number {largest:g}" if largest < np.inf else "NaN or infinity"
+        raise BadInput(f"{path}: {found} {where}, expected numbers up to {LARGEST:,.0f}")
+    if source and not largest and str(source) not in told:
+        told.add(str(source))
+        print(f"warning: {path}: all features are zero {where}, maybe also elsewhere", file=sys.stderr)
+
+
+def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The shape, the order and the type that a .npy file declares. What follows in the file are the numbers."""
+    start = io.BytesIO(file.read(2**14))
+    version = np.lib.format.read_magic(start)[0]
+    if version not in (1, 2):
+        raise ValueError(f"found version {version} of the format, expected 1 or 2")
+    read = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(start)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"found shape {list(shape)}")
+    file.seek(start.tell())
+    return shape, fortran, dtype
 
 
 def read_array(path: Path, key: str | None = None, dtype: type = np.float32) -> np.ndarray:
     """The array of a .npy file, or the one called `key` of a .npz archive. Pickled objects are refused."""
     with explained(path, f"an .npz archive with key '{key}'" if key else "a .npy array"):
-        array = np.load(path, allow_pickle=False)
-        return np.atleast_1d((array[key] if key else array).astype(dtype, casting="same_kind"))
+        file = io.BytesIO(photos.read_file(path, "a file of features", MOST))
+        with zipfile.ZipFile(file).open(f"{key}.npy") if key else file as array:
+            shape, fortran, kind = read_header(array)
+            size = math.prod(shape) * kind.itemsize
+            if size > MOST:
+                raise ValueError(f"it declares {size:,} bytes, the limit is {MOST:,}")
+            values = np.frombuffer(array.read(size), kind, math.prod(shape))
+        return np.atleast_1d(values.reshape(shape, order="F" if fortran else "C").astype(dtype, casting="same_kind"))

@@ -24,10 +24,14 @@ def explained(place: Path | str, expected: str):
     """
     try:
         yield
+    except BadInput:
+        raise
     except UnicodeDecodeError as e:
         line = e.object.count(b"\n", 0, e.start) + 1
         raise BadInput(f"{place}, line {line}: byte 0x{e.object[e.start]:02x} is not UTF-8") from None
     except Exception as e:
+        if isinstance(e, OSError) and e.strerror:  # such as a missing permission: nothing is known of the content
+            raise BadInput(f"{place}: {e.strerror}, expected {expected}") from None
         raise BadInput(f"{place}: expected {expected} ({type(e).__name__}: {e})".replace("\n", " ")) from None
 
 

@@ -153,8 +153,12 @@ def plain(text: str) -> str:
 
 def read_pictures(root: Path, entries: list[Entry], splits: Sequence[str],
                   features: Path | None = None) -> dict[str, Listing]:
-    """The splits as annotations describe them. features: the folder of bottom-up files, or None if there is none."""
-    found = {}
+    """The splits as annotations describe them. features: the folder of bottom-up files, or None if there is none.
+
+    Raises BadInput if a picture is in two of the splits, since a model would be tested on what it has learnt.
+    """
+    found: dict[str, Listing] = {}
+    entry_of: dict[Path, Entry] = {}  # a picture -> the first entry that has it
     for name in splits:
         own = [entry for entry in entries if entry.split == name]
         if not own and name == "test":
@@ -167,6 +171,11 @@ def read_pictures(root: Path, entries: list[Entry], splits: Sequence[str],
         captions = [caption for entry in own for caption in entry.captions]
         image_of = np.repeat(np.arange(len(own)), [len(entry.captions) for entry in own])
         pictures = photos.find(root, [entry.file for entry in own])
+        for entry, picture in zip(own, pictures, strict=True):
+            first = entry_of.setdefault(picture or root.joinpath(*entry.file), entry)
+            if first.split != name:
+                raise BadInput(f"{entry.where}: {entry.file[1]} has split {name} here, but split {first.split} in "
+                               f"{first.where}")
         files = ManyFiles(features, [e.id for e in own], [e.size for e in own], pictures) if features else None
         found[name] = Listing(captions, image_of, files, [entry.file[1] for entry in own], pictures)
     return found

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -15,6 +17,24 @@ from sources.files import BadInput, explained
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "train2014", "val2014")
 ENOUGH = 1600  # pixels of a side: twice what any network here looks at
+MOST_PIXELS, MOST_BYTES = 100_000_000, 1_000_000_000  # of one picture
+UNUSABLE = re.compile(r"^[/\\]|(^|[/\\])\.\.([/\\]|$)|[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def usable(name: str) -> bool:
+    """Whether a file's name stays in the folder that it belongs to, and is text without control characters."""
+    return not UNUSABLE.search(name)
+
+
+def read_file(path: Path, expected: str = "a picture", most: int = MOST_BYTES) -> bytes:
+    """The bytes of a file. Raises BadInput if it is a pipe or a device, which may never end, or is too large."""
+    with explained(path, expected):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is a folder, a pipe or a device")
+        if found.st_size > most:
+            raise ValueError(f"it has {found.st_size:,} bytes, the limit is {most:,}")
+        return path.read_bytes()
 
 
 def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image:
@@ -23,17 +43,25 @@ def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image
     The picture is turned as its EXIF data say. Transparency becomes white, 16 bits become 8, CMYK and grey become RGB.
     A JPEG whose sides are at least twice `ENOUGH` is halved while it is decoded, which saves most of the time.
     content: the bytes of the file, if they have been read already. Raises BadInput, naming the file, if it is not a
-    picture, is cut short, or has more than 179 million pixels.
+    picture, is cut short, or has more than `MOST_PIXELS` after that.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
+    content = read_file(source) if content is None else content
     with explained(source, "a picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of large pictures
         try:
-            image = Image.open(source if content is None else io.BytesIO(content))
+            image = Image.open(io.BytesIO(content))
         except UnidentifiedImageError:  # Pillow's message would name a buffer, not the file
             raise ValueError("Pillow does not know this kind of file") from None
+        if image.format == "EPS":
+            raise ValueError("PostScript is a program, it is not run")
+        pixels = image.width * image.height
         image.draft(None, (ENOUGH, ENOUGH))
+        if "progressive" not in image.info:  # a progressive JPEG takes the memory of all its pixels even so
+            pixels = image.width * image.height
+        if pixels > MOST_PIXELS:
+            raise ValueError(f"it has {pixels:,} pixels, the limit is {MOST_PIXELS:,}")
         return in_rgb(ImageOps.exif_transpose(image))
 
 
@@ -42,8 +70,7 @@ def in_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16 bits, which Pillow itself would cut off at 255
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         above = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
@@ -53,22 +80,29 @@ def in_rgb(image: Image.Image) -> Image.Image:
 def listed(folder: Path) -> list[Path]:
     """All pictures in a folder and its subfolders, sorted, found by the endings of their names.
 
-    Raises BadInput if there are none.
+    Raises BadInput if there are none, if a folder cannot be read, and for a name that is not text.
     """
+    def stop(error: OSError) -> None:
+        raise BadInput(f"{error.filename}: {error.strerror}, expected a folder that can be read")
+
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with pictures")
     endings = Image.registered_extensions()
-    found = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names
+    found = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=stop) for name in names
                    if Path(name).suffix.lower() in endings and not name.startswith("."))
     if not found:
         raise BadInput(f"{folder}: no pictures in it or in its subfolders")
+    for name in (str(path.relative_to(folder)) for path in found):
+        if not usable(name):
+            raise BadInput(f"{folder}: the file name {name!r} is not text in UTF-8: rename this file")
     return found
 
 
 def find(root: Path, names: Sequence[tuple[str, str] | None]) -> list[Path | None]:
     """Find pictures, given as (folder, file name), below `root` or in one of its usual subfolders. None: not found.
 
-    An accented letter may be one character or two, because file systems differ in that.
+    An accented letter may be one character or two, because file systems differ in that. Names that lead out of `root`
+    are not looked for.
     """
     usual = [root / folder for folder in FOLDERS if (root / folder).is_dir()]
 
@@ -80,4 +114,4 @@ def find(root: Path, names: Sequence[tuple[str, str] | None]) -> list[Path | Non
                     return path
         return None
 
-    return [place(*name) if name else None for name in names]
+    return [place(*name) if name and all(map(usable, name)) else None for name in names]

@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 from sources import files
 from sources.files import BadInput, explained
 
+LARGEST = 1e6  # a feature beyond this is no feature: it comes from damage, or from a network that fails
 Facts = tuple[str, int, int]  # a picture's name below the data's folder, its size, the time of its last change
 
 
@@ -33,11 +35,18 @@ def digest(content: bytes) -> str:
 
 
 def facts(picture: Path | np.ndarray, root: Path) -> Facts:
-    """What identifies the present state of a picture: a file by name, size and time, pixels by their digest."""
+    """What identifies the present state of a picture: a file by name, size and time, pixels by their digest.
+
+    A file that cannot be looked at has size and time 0. Whoever reads it learns why.
+    """
     if isinstance(picture, np.ndarray):
         return digest(picture.tobytes()), picture.size, 0
-    found = picture.stat()
-    return os.path.relpath(picture, root).replace(os.sep, "/"), found.st_size, found.st_mtime_ns
+    name = os.path.relpath(picture, root).replace(os.sep, "/")
+    try:
+        found = picture.stat()
+    except OSError:
+        return name, 0, 0
+    return name, found.st_size, found.st_mtime_ns
 
 
 class Store:
@@ -53,14 +62,23 @@ class Store:
         self.whole = 0  # how many bytes of pictures.jsonl are whole lines
         if not (folder / "identity.json").is_file():
             files.write_json(folder / "identity.json", identity)
-        if files.read_json(folder / "identity.json") != identity:
-            raise BadInput(f"{folder / 'identity.json'}: of another network: delete the folder, it is a cache")
-        self.read_lines()
-        for name in arrays:
-            have = (folder / name).stat().st_size if (folder / name).is_file() else 0
-            if have < len(self) * self.row_bytes(name):
-                raise BadInput(f"{folder / name}: found {have} bytes, expected {len(self)} rows of "
-                               f"{self.row_bytes(name)}: delete the folder, it is a cache")
+        with self.told():
+            if files.read_json(folder / "identity.json") != identity:
+                raise BadInput(f"{folder / 'identity.json'}: of another network")
+            self.read_lines()
+            for name in arrays:
+                have = (folder / name).stat().st_size if (folder / name).is_file() else 0
+                if have < len(self) * self.row_bytes(name):
+                    raise BadInput(f"{folder / name}: found {have} bytes, expected {len(self)} rows of "
+                                   f"{self.row_bytes(name)}")
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Adds to a BadInput inside the block which folder to delete."""
+        try:
+            yield
+        except (BadInput, RecursionError) as error:
+            raise BadInput(f"{error}; delete the folder {self.folder}, it is a cache") from None
 
     def __len__(self) -> int:
         return len(self.row_of)
@@ -76,8 +94,9 @@ class Store:
                 break
             with explained(path, "lines of a row, a digest, a name, a size and a time"):
                 row, key, *known = json.loads(line)
-            self.row_of[key] = row
-            self.digest_of[tuple(known)] = key
+                if self.row_of.setdefault(key, len(self)) != row:
+                    raise ValueError(f"row {row} is in the wrong place")
+                self.digest_of[tuple(known)] = key
             self.whole += len(line)
 
     def find(self, known: Facts | str) -> int | None:
@@ -87,8 +106,8 @@ class Store:
     def add(self, pictures: Sequence[tuple[str, Facts]], values: dict[str, np.ndarray]) -> None:
         """Write down pictures, given as (digest, facts). When this returns, they are on the disk.
 
-        values: for each array one row for each digest that is new, in the order of `pictures`. Raises BadInput for NaN
-        or infinity, and if the disk cannot be written.
+        values: for each array one row for each digest that is new, in the order of `pictures`. Raises BadInput for NaN,
+        infinity and numbers beyond LARGEST, and if the disk cannot be written.
         """
         new = list(dict.fromkeys(key for key, _ in pictures if key not in self.row_of))
         checked = {name: self.checked(name, values[name], new, pictures) for name in self.arrays} if new else {}
@@ -103,13 +122,13 @@ class Store:
         self.digest_of |= {known: key for key, known in pictures}
 
     def checked(self, name: str, rows: np.ndarray, new: list[str], pictures: Sequence[tuple[str, Facts]]) -> np.ndarray:
-        """The rows in the array's type. Raises BadInput, naming the picture, for numbers that are not finite."""
+        """The rows in the array's type. Raises BadInput, naming the picture, for numbers that are absurd."""
         shape, kind = self.arrays[name]
         with np.errstate(over="ignore"):
             rows = rows.astype(kind)
         if rows.shape != (len(new), *shape):
             raise ValueError(f"{name} should be {(len(new), *shape)}, got {rows.shape}")
-        bad = np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(1))
+        bad = np.flatnonzero(~(np.abs(rows.astype("f4")) <= LARGEST).reshape(len(rows), -1).all(1))
         if len(bad):
             file = next(known[0] for key, known in pictures if key == new[bad[0]])
             advice = " in half precision: take --feature-dtype float32" if kind == "f2" else ""
@@ -117,12 +136,14 @@ class Store:
         return rows
 
     def read(self, name: str, rows: Sequence[int]) -> np.ndarray:
-        """Rows of an array as float32 (of "count" as int32). Raises BadInput if the file has been cut short."""
+        """Rows of an array as float32 (of "count" as int32). Raises BadInput if the file has been damaged."""
         shape, kind = self.arrays[name]
         path, size = self.folder / name, self.row_bytes(name)
         out = np.empty((len(rows), *shape), np.int32 if kind == "i4" else np.float32)
-        with explained(path, f"{size} bytes a row"), open(path, "rb") as file:
+        with self.told(), explained(path, f"{size} bytes a row"), open(path, "rb") as file:
             for place, row in enumerate(rows):
                 file.seek(int(row) * size)
                 out[place] = np.frombuffer(file.read(size), kind).reshape(shape)
+                if not (np.abs(out[place]) <= LARGEST).all():
+                    raise ValueError(f"row {row} has absurd numbers")
         return out
