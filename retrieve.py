@@ -2,8 +2,7 @@
 
 Read beside TGDT, the part on two-stage inference, and both papers' experiments. Stage 1 takes dot products of the
 global embeddings and keeps the best K of the corpus. Stage 2 sorts these K by global + weight x local. An image is a
-query for captions, a caption is a query for images, and both directions work alike. Both stages are exact.
-docs/symbols.md lists the papers' symbols.
+query for captions, a caption is a query for images. Both stages are exact. docs/symbols.md lists the papers' symbols.
 """
 from __future__ import annotations
 
@@ -60,8 +59,10 @@ class Embeddings:
 
     def tokens_of(self, items: Tensor) -> Tensor:
         """The tokens of `items` [n], one item after the other: [all their tokens, D]."""
-        starts, stops = self.offsets[items].tolist(), self.offsets[items + 1].tolist()
-        return torch.cat([self.tokens[:0], *(self.tokens[a:b] for a, b in zip(starts, stops, strict=True))])
+        lengths = self.lengths(items)
+        shift = self.offsets[items] - ends(lengths)[:-1]  # from a place in the result to the row in `tokens`
+        place = torch.arange(int(lengths.sum()), device=shift.device)
+        return self.tokens.index_select(0, place + shift.repeat_interleave(lengths))
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """tokens [N, T, D] and mask [N, T], T that of the item with the most tokens."""
@@ -71,14 +72,14 @@ class Embeddings:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Embeddings:
         """On another device, or with tokens of another type; the globals stay float32."""
-        if self.tokens is None:
-            return Embeddings(self.kind, self.globals.to(device))
-        tokens, offsets = self.tokens.to(device, dtype), self.offsets.to(device)
-        return Embeddings(self.kind, self.globals.to(device), tokens, None, offsets)
+        whole = Embeddings(self.kind, self.globals.to(device))
+        if self.tokens is not None:
+            whole.tokens, whole.offsets = self.tokens.to(device, dtype), self.offsets.to(device)
+        return whole
 
 
-def ends(lengths: Tensor) -> Tensor:  # [n] -> [n + 1], 0 and the cumulative sums
-    return F.pad(lengths.cumsum(0), (1, 0))
+def ends(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0), (1, 0))  # [n] -> [n + 1], 0 and the cumulative sums
 
 
 @torch.inference_mode()
@@ -124,8 +125,7 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
     if queries.kind == corpus.kind:
         raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one should be image, the other text")
     found = []
-    for start in range(0, len(queries), QUERIES):
-        block = queries[start : start + QUERIES]
+    for block in (queries[start : start + QUERIES] for start in range(0, len(queries), QUERIES)):
         scores, indices = nearest(block.globals, corpus.globals, min(shortlist, len(corpus)))       # [q, K], [q, K]
         if weight and block.tokens is not None and corpus.tokens is not None:
             query = torch.arange(len(block), device=indices.device)[:, None].expand_as(indices)
@@ -148,7 +148,7 @@ def nearest(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for start in range(0, len(corpus), BLOCK // QUERIES):
         block = corpus[start : start + BLOCK // QUERIES].to(queries.device, queries.dtype)
         here, place = (queries @ block.T).topk(min(k, len(block)), dim=1)
-        place = place + start
+        place += start
         if best is not None:  # the best of this block and of those before
             here, place = torch.cat([best, here], 1), torch.cat([index, place], 1)
             here, order = here.topk(min(k, here.shape[1]), dim=1)
@@ -260,8 +260,8 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     return {**out, "seconds": seconds}
 
 
-def now(device: torch.device) -> float:  # seconds, when the device has done all its work
-    if device.type == "cuda":
+def now(device: torch.device) -> float:
+    if device.type == "cuda":  # seconds count when the device has done all its work
         torch.cuda.synchronize(device)
     return time.perf_counter()
 

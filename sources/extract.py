@@ -166,7 +166,7 @@ class Decoded(Dataset):
         for place in places:
             picture = self.pictures[place]
             try:
-                content = picture.read_bytes() if isinstance(picture, Path) else picture.tobytes()
+                content = photos.read_file(picture) if isinstance(picture, Path) else picture.tobytes()
                 key = digest(content)
                 names = [name for name in self.lacking[place]
                          if key not in self.stored[name] and key not in prepared[name]]
