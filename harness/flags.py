@@ -171,7 +171,8 @@ def search_parser() -> Parser:
     three.add_argument("run", type=Path, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
     query = three.add_mutually_exclusive_group(required=True)
     query.add_argument("caption", nargs="?", help="a caption to find pictures for")
-    query.add_argument("--queries", type=Path, metavar="FILE", help="a file of captions, one a line")
+    query.add_argument("--queries", type=Path, metavar="FILE",
+                       help="a file of captions, one a line; - reads standard input")
     query.add_argument("--image", metavar="FILE",
                        help="a picture to find captions for: one of the split's, by name or row; or, for a run that "
                        "was trained on pictures or on scenes, any file")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 import tgdt
 import user
 from harness.settings import Settings
-from sources import scenes
+from sources import hub, scenes
 from sources.files import BadInput
 
 
@@ -31,11 +31,11 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
         return BertModel(config, add_pooling_layer=False), tokenizer
     transformers.logging.set_verbosity_error()  # otherwise it reports at length on the pooler, which is not used
     transformers.logging.disable_progress_bar()
+    options = hub.options(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         bert = BertModel.from_pretrained(
-            name, add_pooling_layer=False, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-            trust_remote_code=False,
+            name, add_pooling_layer=False, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **options
         )
     except Exception as error:  # transformers raises many kinds for a folder that is missing or damaged
         first = (str(error).splitlines() or [type(error).__name__])[0]

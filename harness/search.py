@@ -243,7 +243,9 @@ def check_search(args: argparse.Namespace) -> list[str]:
     if args.queries:
         if args.save:
             raise BadInput("--save draws one query, --queries has many")
-        return layouts.read_captions(args.queries)
+        if str(args.queries) != "-":
+            return layouts.read_captions(args.queries)
+        return [line.strip() for line in sys.stdin if line.strip()]
     if args.caption is not None and not args.caption.strip():
         raise BadInput("the caption is empty")
     return [args.caption]

@@ -205,10 +205,12 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     last = folder.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
     if last:
         folder.check_settings(out / "checkpoint.pt", last, settings)
-    root = settings.run.data_root
+    root, say = settings.run.data_root, (lambda text: None) if quiet else print
+    say(f"loading the data: {settings.run.dataset}")
     splits = data.load(settings.run.dataset, Path(root) if root else None, regions=settings.pictures.regions,
                        split_seed=settings.pictures.split_seed)
     settings.pictures.regions = pictures.kind(settings, splits, where)
+    say(f"loading the text encoder: {settings.text.text_encoder}")
     bert, tokenizer = models.text_encoder(settings)
     settings_.write(out / "settings.json", settings)  # before the features, which take long, so that --resume works
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from transformers import CLIPImageProcessor, CLIPModel
 
-from sources import windows
+from sources import hub, windows
 from sources.files import BadInput
 from sources.weights import Classifier, fingerprint, load_classifier, load_detector
 
@@ -217,8 +217,9 @@ class Clip:
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        options = hub.options(name)
         try:
-            clip, report = CLIPModel.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+            clip, report = CLIPModel.from_pretrained(name, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise BadInput(
                 f"cannot load the CLIP {name!r}: it is neither a folder with a CLIP's config.json and weights nor a "
@@ -232,7 +233,8 @@ class Clip:
         self.side = side = clip.config.vision_config.image_size
         frame = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
         try:
-            self.processor = CLIPImageProcessor.from_pretrained(name, **frame)
+            local = options["local_files_only"]
+            self.processor = CLIPImageProcessor.from_pretrained(name, local_files_only=local, **frame)
         except OSError:  # there is no preprocessor_config.json, but all CLIPs prepare pictures alike
             self.processor = CLIPImageProcessor(**frame)
         self.name, self.dim, self.device = name, self.project.out_features, device

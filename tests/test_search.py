@@ -1,5 +1,7 @@
 """The search command: an index answers as its run does, and what cannot be asked is refused in one line."""
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,9 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     assert retrieve.main(["search", out, "--queries", str(captions), "--json", "--top", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["query"] for line in lines] == ["a red dog", "a small ball"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red dog\n\na small ball"))
+    assert retrieve.main(["search", out, "--queries", "-", "--json", "--top", "2"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
     alone = answers_of(out, "a red dog", capsys)
     assert [found["row"] for found in lines[0]["found"]] == [found["row"] for found in alone]
     assert lines[0]["found"][0]["score"] == pytest.approx(alone[0]["score"], abs=1e-4)
