@@ -245,10 +245,10 @@ def check_search(args: argparse.Namespace) -> list[str]:
             raise BadInput("--save draws one query, --queries has many")
         if str(args.queries) != "-":
             return layouts.read_captions(args.queries)
-        return [line.strip() for line in sys.stdin if line.strip()]
-    if args.caption is not None and not args.caption.strip():
+    captions = [line.strip() for line in sys.stdin if line.strip()] if args.queries else [args.caption]
+    if not captions or args.image is None and not captions[0].strip():
         raise BadInput("the caption is empty")
-    return [args.caption]
+    return captions
 
 
 def check_picture_name(path: Path | None) -> None:
