@@ -20,7 +20,8 @@ from harness import settings as settings_
 from harness.settings import Settings
 from sources.files import BadInput, read_weights
 
-CHECKPOINT = {"settings", "feature_dim", "seen", "bert", "train_data", "model", "epoch"}  # what every checkpoint of ours holds
+# What every checkpoint of ours holds.
+CHECKPOINT = {"settings", "feature_dim", "seen", "bert", "train_data", "model", "epoch"}
 
 
 class Opened(NamedTuple):

@@ -5,11 +5,13 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -205,7 +207,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     last = folder.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
     if last:
         folder.check_settings(out / "checkpoint.pt", last, settings)
-    root, say = settings.run.data_root, (lambda text: None) if quiet else print
+    root = settings.run.data_root
+    say = partial(print, file=sys.stderr) if not quiet else lambda text: None
     say(f"loading the data: {settings.run.dataset}")
     splits = data.load(settings.run.dataset, Path(root) if root else None, regions=settings.pictures.regions,
                        split_seed=settings.pictures.split_seed)
