@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,12 +113,12 @@ def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind
 
 @torch.inference_mode()
 def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight: float = 10.0,
-           reduction: str = "sum") -> tuple[Tensor, Tensor]:
+           reduction: str = "sum", local_of: Callable | None = None) -> tuple[Tensor, Tensor]:
     """Two-stage retrieval (TGDT, two-stage inference) -> indices [Q, K] into the corpus and scores [Q, K] float32.
 
     The best comes first. K is `shortlist`, or the size of the corpus if that is smaller. Without tokens, or with
-    weight 0, the order of stage 1 stands. reduction: as in `losses.local_similarity`. Raises ValueError if corpus or
-    shortlist are empty, or if queries and corpus are of one kind.
+    weight 0, the order of stage 1 stands. reduction: as in `losses.local_similarity`. local_of: another function for
+    `local_of_pairs`. Raises ValueError if corpus or shortlist are empty, or if queries and corpus are of one kind.
     """
     if len(corpus) == 0 or shortlist < 1:
         raise ValueError(f"a shortlist of {shortlist} from a corpus of {len(corpus)} is empty, expected at least one")
@@ -129,10 +129,10 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
         scores, indices = nearest(block.globals, corpus.globals, min(shortlist, len(corpus)))       # [q, K], [q, K]
         if weight and block.tokens is not None and corpus.tokens is not None:
             query = torch.arange(len(block), device=indices.device)[:, None].expand_as(indices)
-            if block.kind == "image":
-                local = local_of_pairs(block, corpus, query.flatten(), indices.flatten(), reduction)
-            else:
-                local = local_of_pairs(corpus, block, indices.flatten(), query.flatten(), reduction)
+            sides, pairs = (block, corpus), (query.flatten(), indices.flatten())
+            if block.kind == "text":
+                sides, pairs = sides[::-1], pairs[::-1]  # images come first
+            local = (local_of or local_of_pairs)(*sides, *pairs, reduction)
             scores, order = (scores + weight * local.view_as(scores)).sort(dim=1, descending=True, stable=True)
             indices = indices.gather(1, order)
         found.append((indices, scores))

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from harness import console, figures, index, models, pictures, report
+from harness import console, engines, figures, index, models, pictures, report
 from harness import folder as folders
 from harness import settings as settings_
 from harness.settings import Settings
@@ -212,7 +212,7 @@ def answer(run: Searched, query: Embeddings, corpus: Embeddings, names: list[str
     settings, weight = run.settings, run.settings.cmc.local_weight
     query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the processor
     shortlist = settings.search.images_shortlist if corpus.kind == "image" else settings.search.captions_shortlist
-    rows, scores = search(query, corpus, max(shortlist, top), weight, settings.cmc.reduction)
+    rows, scores = search(query, corpus, max(shortlist, top), weight, settings.cmc.reduction, engines.local_of_pairs)
     rows, scores = rows[:, :top].cpu(), scores[:, :top].cpu()
     coarse = (query.globals[:, None] * corpus.globals[rows.to(query.globals.device)]).sum(2).cpu()
     fine = (scores - coarse) / weight if weight else torch.zeros_like(scores)

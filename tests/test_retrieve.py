@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import losses
 import retrieve
+from harness import engines
 from retrieve import Embeddings
 
 
@@ -65,8 +66,21 @@ def test_the_local_similarity_of_pairs_is_that_of_the_losses(corpus):
     for reduction, scale in (("sum", 1), ("mean", texts.offsets.diff())):
         for one in (image, torch.full_like(image, 3)):
             for other in (caption, torch.full_like(caption, 8)):
-                ours = retrieve.local_of_pairs(images, texts, one, other, reduction)
-                assert torch.allclose(ours, (want / scale)[one, other], atol=1e-5)
+                for local_of in (retrieve.local_of_pairs, engines.local_of_pairs):
+                    ours = local_of(images, texts, one, other, reduction)
+                    assert torch.allclose(ours, (want / scale)[one, other], atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [0, 10**6])
+def test_the_engine_for_speed_finds_what_the_readable_search_finds(corpus, shared, monkeypatch):
+    """Both of its ways, both directions, few queries and all; 10**6: always caption by caption."""
+    monkeypatch.setattr(engines, "SHARED", shared)
+    for queries, found in (corpus, corpus[::-1]):
+        for asked in (queries, queries[:1], queries[2:5]):
+            for reduction in ("sum", "mean"):
+                want = retrieve.search(asked, found, 5, 2.0, reduction)
+                ours = retrieve.search(asked, found, 5, 2.0, reduction, engines.local_of_pairs)
+                assert torch.allclose(ours[1], want[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
