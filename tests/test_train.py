@@ -238,6 +238,12 @@ def test_a_second_interrupt_stops_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_closed_terminal_is_noted_like_ctrl_c():
+    with training.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.seen
+
+
 def refused(arguments: list[str], capsys, *said: str) -> None:
     before = {p: p.read_bytes() for p in Path(arguments[arguments.index("--out") + 1]).rglob("*") if p.is_file()}
     assert train.main(arguments) == 2
