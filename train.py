@@ -3,7 +3,7 @@
 Read beside both papers' experiments, the details of training; docs/symbols.md lists the papers' symbols.
 
     python train.py                                             the built-in scenes, TGDT, three minutes on two cores
-    python train.py --dataset flickr30k --data-root DIR         Flickr30K from files of features, or from its pictures
+    python train.py --dataset flickr30k                         Flickr30K; fetches what is missing
     python train.py --dataset folder --data-root DIR            your own pictures and captions
     python train.py --model user                                USER; --model tgdt-user is both papers in one model
     python train.py --dataset coco --data-root DIR --preset paper --device cuda

@@ -18,7 +18,7 @@ ABOUT = """\
 Train a model, evaluate it, and leave everything in a run folder.
 
   python train.py                       the built-in scenes, in three minutes
-  python train.py --dataset flickr30k --data-root DIR
+  python train.py --dataset flickr30k   fetches what is missing
   python train.py --dataset folder --data-root DIR
                                         your own pictures and captions
   python train.py --model user          USER; tgdt-user is both papers in one
@@ -95,6 +95,7 @@ def parser(shown: settings.Settings) -> Parser:
                        help="processes that read features (default 0) or decode pictures (default: one a core)")
     other.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
+    other.add_argument("--fetch-only", action="store_true", help="fetch and check the dataset's files, and stop")
     other.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
     other.add_argument("--log", choices=("tensorboard", "wandb"), help="send history.jsonl there too, if installed")
     other.add_argument("--print-settings", action="store_true", help="print what the flags amount to, and exit")
@@ -106,7 +107,7 @@ def parser(shown: settings.Settings) -> Parser:
 def parse(argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
     """The command line -> the settings that it gives (name -> value, None if not given), and the other flags.
 
-    The others are device, workers, out, resume, quiet, log and print_settings. Paths become absolute, so that the run
+    The others are device, workers, out, resume, quiet and so on. Paths become absolute, so that the run
     can be used from another folder. Exits with code 2 for a mistake in a flag. The values are checked later, by
     `settings.make`.
     """

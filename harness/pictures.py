@@ -15,10 +15,31 @@ import torch
 
 import data
 from harness.settings import Settings
-from sources import files, networks, photos
+from sources import fetch, files, layouts, networks, photos, scan_features
 from sources.extract import Cache, check_same, fill
 from sources.features import InMemory, Stored
 from sources.files import BadInput
+
+
+def find_data(settings: Settings, check: bool, quiet: bool) -> None:
+    """Decide where the data lives, by default in data/<dataset>, and fetch what is missing of a published dataset.
+
+    A folder that the user names is used as it is if it has files of features or captions; check=True fetches and checks
+    there as well. Raises BadInput if the dataset is not one that can be fetched, or if fetching fails.
+    """
+    dataset, given = settings.run.dataset, settings.run.data_root
+    if dataset not in fetch.SOURCES:
+        if check:
+            raise BadInput(f"--fetch-only: --dataset {dataset} is not fetched from anywhere")
+        return
+    root = Path(given) if given else Path("data", dataset).absolute()
+    settings.run.data_root = str(root)
+    regions, there = settings.pictures.regions, layouts.has_features(dataset, root)
+    if regions == "files" and not there and dataset in scan_features.FOLDERS:
+        scan_features.fetch_scan_features(dataset, root, quiet)
+    usable = regions == "files" or regions == "auto" and there
+    if check and regions != "files" or not usable and not (given and fetch.finished(dataset, root)):
+        fetch.fetch(dataset, root, quiet=quiet)
 
 
 def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, device: torch.device | str = "cpu",

@@ -19,7 +19,7 @@ class Run:
     """The run"""
 
     dataset: Annotated[Literal["scenes", "flickr8k", "flickr30k", "coco", "folder"], "what to train on"] = "scenes"
-    data_root: Annotated[str | None, "folder of the dataset's files (scenes need none)"] = None
+    data_root: Annotated[str | None, "folder of the data (none given: data/<dataset>; scenes need none)"] = None
     model: Annotated[Literal["tgdt", "user", "tgdt-user"], "which model; tgdt-user is both papers in one"] = "tgdt"
     preset: Annotated[Literal["small", "paper"], "small is for a laptop, paper has the released values"] = "small"
     seed: Annotated[int, "seed of weights, dropout, batch order and caption noise", (0, 2**32 - 1)] = 0

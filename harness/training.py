@@ -246,6 +246,11 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
     if options.print_settings:
         print(json.dumps(asdict(settings), indent=2))
         return 0
+    if options.fetch_only or not options.resume:
+        pictures.find_data(settings, options.fetch_only, options.quiet)
+    if options.fetch_only:
+        print(f"{settings.run.dataset} is complete in {settings.run.data_root}")
+        return 0
     out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
     with console.locked(out):
         if options.resume:

@@ -6,20 +6,22 @@ import socket
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 WAIT = 2.0  # seconds
 
 
-def within_reach() -> bool:
-    """True if the hub, or the proxy in front of it, takes a connection within WAIT seconds.
+def within_reach(address: str = "") -> bool:
+    """True if an address, or the proxy in front of it, takes a connection within WAIT seconds.
 
-    HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 says that there is none.
+    Without an address it is the hub's: HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 says that there is none.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if not address and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    at = urlsplit(getproxies().get(urlsplit(endpoint).scheme) or endpoint)
+    to = urlsplit(address or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    proxies = {} if proxy_bypass(to.hostname or "") else getproxies()
+    proxy = proxies.get(to.scheme) or proxies.get("all")
+    at = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else to
     answers: list[bool] = []
 
     def connect() -> None:

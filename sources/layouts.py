@@ -87,6 +87,14 @@ def find_layout(dataset: str, root: Path, regions: str) -> tuple[str, Path]:
         f"dataset_{dataset}.json and the pictures here ({KARPATHY})")
 
 
+def has_features(dataset: str, root: Path) -> bool:
+    """Whether a folder has files of features, in either layout."""
+    try:
+        return find_layout(dataset, root, "files")[0] != "pictures"
+    except BadInput:
+        return False
+
+
 def read_scan(dataset: str, root: Path, folder: Path, entries: list[Entry],
               splits: Sequence[str]) -> dict[str, Listing]:
     """SCAN's layout. The pictures, if any, are found by the captions' text. COCO's test split is "testall" (5K images),

@@ -258,7 +258,7 @@ def test_the_command_line_in_parts(tmp_path, monkeypatch):
         "model": "user", "lr": 0.1, "reward_floor": False, "data_root": str(tmp_path / "data"),
         "text_encoder": str(tmp_path / "bert"), "clip_model": "openai/clip"}
     assert vars(options) == {"device": "auto", "workers": 2, "out": Path("x"), "resume": True, "print_settings": False,
-                             "quiet": False, "log": None}
+                             "quiet": False, "log": None, "fetch_only": False}
 
 
 @pytest.mark.parametrize("given", EVERY, ids=lambda given: "-".join(given.values()))

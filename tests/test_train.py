@@ -300,7 +300,7 @@ def test_bad_data_and_a_missing_text_encoder_end_in_one_line(flags, root, tmp_pa
     at = flags.index("--text-encoder") + 1
     refused([*flags[:at], str(tmp_path / "nowhere"), *flags[at + 1 :]], capsys, "nowhere", "--text-encoder")
     at = flags.index("--data-root") + 1
-    refused([*flags[:at], str(tmp_path / "nothing"), *flags[at + 1 :]], capsys, "nothing")
+    refused([*flags[:at], str(tmp_path / "nothing"), *flags[at + 1 :], "--regions", "files"], capsys, "nothing")
     broken = tmp_path / "broken"
     broken.mkdir()
     for name in ("train", "dev"):

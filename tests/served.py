@@ -1,0 +1,169 @@
+"""A server on 127.0.0.1 that plays the hub and plain addresses, and the benchmarks' files in their real layouts."""
+import csv
+import hashlib
+import io
+import json
+import re
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from time import sleep
+
+import numpy as np
+from PIL import Image
+
+COMMIT = "0123456789" * 4
+Images = list[tuple[str, str, list[str]]]  # (file name, split, captions) of each image
+
+
+class Server:
+    """Serves `files` (path -> bytes), and keeps what it was asked in `asked`: (method, path, range).
+
+    faults: path -> "gated", "no repository", "no file", "error 500", "cut" or "cut once" (half the bytes), "slow".
+    """
+
+    def __init__(self):
+        self.files, self.faults, self.asked = {}, {}, []
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self) -> "Server":
+        Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def gets(self) -> list[str]:
+        """The names of the files that were fetched."""
+        return [path.rsplit("/", 1)[1] for method, path, _ in self.asked if method == "GET" and path in self.files]
+
+
+def handler(server: Server) -> type:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+        def refuse(self, code: int, why: str = "") -> None:
+            self.send_response(code)
+            self.send_header("X-Error-Code", why)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def answer(self, body: bool) -> None:
+            fault = server.faults.get(self.path)
+            server.asked.append((self.command, self.path, self.headers["Range"]))
+            if fault == "gated":
+                return self.refuse(403, "GatedRepo")
+            if fault == "no repository":
+                return self.refuse(404, "RepoNotFound")
+            if fault == "no file" or self.path not in server.files:
+                return self.refuse(404, "EntryNotFound")
+            if fault == "error 500" and body:
+                return self.refuse(500)
+            content = server.files[self.path]
+            start = int(re.findall(r"\d+", self.headers["Range"])[0]) if self.headers["Range"] else 0
+            self.send_response(206 if start else 200)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(content) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.end_headers()
+            if not body:
+                return None
+            if fault == "slow":
+                for at in range(start, len(content), 500):
+                    self.wfile.write(content[at : at + 500])
+                    sleep(0.1)
+            elif fault in ("cut", "cut once"):
+                if fault == "cut once":
+                    del server.faults[self.path]
+                self.wfile.write(content[start : start + len(content) // 2])
+                self.close_connection = True
+            else:
+                self.wfile.write(content[start:])
+            return None
+
+    return Handler
+
+
+def on_hub(repository: str, name: str) -> str:
+    return f"/datasets/{repository}/resolve/{COMMIT}/{name}"
+
+
+def images(dataset: str, counts: dict[str, int]) -> Images:
+    """So many images of each split, with five captions each. A "restval" of COCO has pictures of val2014."""
+    listed = []
+    for split, count in counts.items():
+        for _ in range(count):
+            number = len(listed) + 1
+            folder = "train2014" if split == "train" else "val2014"
+            name = f"COCO_{folder}_{number:012}.jpg" if dataset == "coco" else f"{1000 + number}_ab.jpg"
+            captions = [f'a "dog", number {number}, sits {word}' for word in "here there on by in".split()]
+            listed.append((name, split, captions))
+    return listed
+
+
+def jpegs(listed: Images) -> dict[str, bytes]:
+    """A small picture for each image: name -> bytes."""
+    rng, found = np.random.default_rng(0), {}
+    for name, _, _ in listed:
+        content = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(content, "jpeg")
+        found[name] = content.getvalue()
+    return found
+
+
+def packed(members: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, inside in members.items():
+            archive.writestr(name, inside)
+    return content.getvalue()
+
+
+def in_folder(folder: str, pictures: dict[str, bytes]) -> bytes:
+    """Pictures as they lie in the archives: in a folder, with what macOS adds, and with one that has no captions."""
+    members = {f"{folder}/": b"", f"__MACOSX/{folder}/._.DS_Store": b"x"}
+    for name, content in pictures.items():
+        members |= {f"{folder}/{name}": content, f"__MACOSX/{folder}/._{name}": b"Mac OS X"}
+    return packed(members | {f"{folder}/no-caption.jpg": b"not wanted"})
+
+
+def karpathy(listed: Images) -> bytes:
+    """Karpathy's JSON."""
+    return json.dumps({"images": [
+        ({"filepath": name.split("_")[1]} if name.startswith("COCO") else {}) |
+        {"filename": name, "imgid": place, "split": split, "sentences": [{"raw": raw} for raw in captions]}
+        for place, (name, split, captions) in enumerate(listed)]}).encode()
+
+
+def flickr30k_table(listed: Images) -> bytes:
+    """flickr_annotations_30k.csv: JSON lists in cells; the rows are in another order than img_id."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["raw", "sentids", "split", "filename", "img_id"])
+    for place, (name, split, captions) in reversed(list(enumerate(listed))):
+        ids = list(range(5 * place, 5 * place + len(captions)))
+        table.writerow([json.dumps(captions), json.dumps(ids), split, name, place])
+    return text.getvalue().encode()
+
+
+def flickr8k_texts(listed: Images) -> bytes:
+    """Flickr8k_text.zip: all captions in one file, also of a picture that is in no split, and a list for each split."""
+    lines = [f"{name}#{number}\t{raw}" for name, _, captions in listed for number, raw in enumerate(captions)]
+    lists = {f"Flickr_8k.{title}Images.txt": "".join(f"{name}\n" for name, of, _ in listed if of == split).encode()
+             for split, title in (("train", "train"), ("val", "dev"), ("test", "test"))}
+    return packed({"Flickr8k.token.txt": "\n".join([*lines, "no-split.jpg#0\ta cat\n"]).encode(),
+                   "__MACOSX/._Flickr8k.token.txt": b"x", "readme.txt": b"x", **lists})
