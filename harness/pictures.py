@@ -37,8 +37,9 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     regions, there = settings.pictures.regions, layouts.has_features(dataset, root)
     if regions == "files" and not there and dataset in scan_features.FOLDERS:
         scan_features.fetch_scan_features(dataset, root, quiet)
-    usable = regions == "files" or regions == "auto" and there
-    if check and regions != "files" or not usable and not (given and fetch.finished(dataset, root)):
+    features = regions == "files" or regions == "auto" and there
+    pictures = not features or settings.enhancement.guide == "clip" and not given  # are they wanted?
+    if check and regions != "files" or pictures and not fetch.finished(dataset, root):
         fetch.fetch(dataset, root, quiet=quiet)
 
 

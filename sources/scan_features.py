@@ -59,7 +59,9 @@ def fetch_scan_features(dataset: str, root: Path, quiet: bool = False,
     finally:
         os.environ.pop("KAGGLEHUB_CACHE")
         os.environ.update({} if before is None else {"KAGGLEHUB_CACHE": before})
-    folder.mkdir(exist_ok=True)
-    for path in found:  # the training features come last
-        os.replace(path, folder / path.name)
+    if folder.exists():
+        for path in found:
+            os.replace(path, folder / path.name)
+    else:  # all at once: a folder with half of the features would be taken for one that has them
+        os.replace(found[0].parent, folder)
     shutil.rmtree(work, ignore_errors=True)

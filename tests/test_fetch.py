@@ -437,6 +437,11 @@ def test_features_of_scan_come_by_kagglehub(tmp_path, monkeypatch, capsys):
     assert found == {f"f30k_precomp/{split}_{kind}": f"data/data/f30k_precomp/{split}_{kind}"
                      for split in ("train", "dev", "test") for kind in ("ims.npy", "caps.txt")}
     assert "KAGGLEHUB_CACHE" not in os.environ
+    (root / "f30k_precomp" / "train_ims.npy").unlink()
+    (root / "f30k_precomp" / "dev_ims.npy").write_text("my own")
+    scan_features.fetch_scan_features("flickr30k", root, free=much)  # what is lost, and no more
+    assert (root / "f30k_precomp" / "train_ims.npy").exists() and not (root / "fetching-features").exists()
+    assert (root / "f30k_precomp" / "dev_ims.npy").read_text() == "my own"
     capsys.readouterr()
     scan_features.fetch_scan_features("flickr30k", root)
     assert capsys.readouterr().err == ""
