@@ -112,6 +112,25 @@ def cmc(
     return loss + intra_consistency(image_global, text_global, intra_margin)
 
 
+# ------------------------------------------------------------------------------------------------- InfoNCE
+
+
+def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | None = None) -> Tensor:
+    """InfoNCE, the loss of CLIP and before it of CPC; both directions summed, each a mean over the pairs.
+
+    Each row is a question with B answers, and the one on the diagonal is right: the cross-entropy of
+    softmax(s / temperature). So is each column. similarity: [B, B], images by captions. positives: [B, B] bool, all
+    true pairs; those off the diagonal are left out of the sums, for they are neither the answer asked for nor wrong.
+    Returns a scalar.
+    """
+    diagonal = with_diagonal(similarity, None)
+    logits = similarity / temperature
+    if positives is not None:
+        logits = logits.masked_fill(positives & ~diagonal, float("-inf"))
+    answer = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)
+
+
 # ------------------------------------------------------------------------------------------------- USER: UTO
 
 
@@ -206,39 +225,52 @@ def uto(
 
 def tgdt_loss(
     images, texts, image_row: Tensor, margin: float = 0.2, intra_margin: float = 0.3, local_weight: float = 10.0,
-    reduction: str = "sum", negatives: str = "hardest",
+    reduction: str = "sum", negatives: str = "hardest", infonce_weight: float = 0.0, temperature: float = 0.05,
 ) -> Tensor:
     """CMC of a batch of I images and B captions, as `--model tgdt` is trained (TGDT, CMC).
 
     images, texts: what the model encoded (`tgdt.Encoded`). image_row: [B] long, the row of `images` that each caption
-    belongs to; the captions of one image are all true pairs of it. Returns a scalar, a sum over the B pairs.
+    belongs to; the captions of one image are all true pairs of it. infonce_weight: adds InfoNCE on both levels, as a
+    control of the unified model. Returns a scalar, a sum over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
-    local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)     # [I, B]
-    return cmc(images.globals[image_row], texts.globals, local[image_row], positives, margin, intra_margin,
-               local_weight, negatives)
+    local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)[image_row]   # [B, B]
+    globals_ = images.globals[image_row], texts.globals
+    loss = cmc(*globals_, local, positives, margin, intra_margin, local_weight, negatives)
+    if infonce_weight:
+        for level in (globals_[0] @ globals_[1].T, local):
+            loss = loss + infonce_weight * len(image_row) * info_nce(level, temperature, positives)
+    return loss
 
 
 def user_loss(
     images, texts, image_row: Tensor, keys: Keys | None = None, mu: float = 90.0, gamma: float = 0.5,
-    batch_weight: float = 20.0, reward_floor: bool = True,
+    batch_weight: float = 20.0, reward_floor: bool = True, infonce_weight: float = 0.0, temperature: float = 0.05,
 ) -> Tensor:
     """UTO of a batch of I images and B captions, as `--model user` is trained (USER, UTO and momentum contrast).
 
-    images, texts, image_row: as in `tgdt_loss`; only the globals are used. Returns a scalar, a mean over the B pairs.
+    images, texts, image_row: as in `tgdt_loss`; only the globals are used. infonce_weight: adds InfoNCE on the globals.
+    Returns a scalar, a mean over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
-    return uto(images.globals[image_row], texts.globals, keys, positives, mu, gamma, batch_weight, reward_floor)
+    globals_ = images.globals[image_row], texts.globals
+    loss = uto(*globals_, keys, positives, mu, gamma, batch_weight, reward_floor)
+    if infonce_weight:
+        loss = loss + infonce_weight * info_nce(globals_[0] @ globals_[1].T, temperature, positives)
+    return loss
 
 
 def unified_loss(
-    images, texts, image_row: Tensor, keys: Keys | None, cmc: dict, uto: dict, uto_weight: float = 0.03,
-    negatives: str = "hardest",
+    images, texts, image_row: Tensor, keys: Keys | None, uto: dict, reduction: str = "mean",
+    infonce_weight: float = 1.0, temperature: float = 0.05,
 ) -> Tensor:
-    """CMC + uto_weight * B * UTO, as `--model tgdt-user` is trained. Neither paper has this model.
+    """USER's loss, and InfoNCE on the globals, the plain tokens and the fine tokens. Neither paper has this model.
 
-    cmc and uto are the keyword arguments of `tgdt_loss` and of `user_loss`. CMC is a sum over the B pairs and UTO a
-    mean, hence the B. Returns a scalar, a sum over the pairs.
+    uto: the keyword arguments of `uto`. The others are as in `tgdt_loss`. Returns a scalar, a mean over the B pairs.
     """
-    return (tgdt_loss(images, texts, image_row, negatives=negatives, **cmc)
-            + uto_weight * len(image_row) * user_loss(images, texts, image_row, keys, **uto))
+    positives = image_row[:, None] == image_row                                                   # [B, B]
+    loss = user_loss(images, texts, image_row, keys, **uto, infonce_weight=infonce_weight, temperature=temperature)
+    for regions, words in ((images.plain, texts.plain), (images.tokens, texts.tokens)):
+        local = local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row]   # [B, B]
+        loss = loss + infonce_weight * info_nce(local, temperature, positives)
+    return loss

@@ -6,10 +6,14 @@ query for captions, a caption is a query for images. Both stages are exact. docs
 """
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C ends the program without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +102,7 @@ def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind
             batch = {name: value.to(device) for name, value in batch.items()}
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
                 encoded = encode_batch(batch)
-            parts.append(Embeddings(kind, *encoded.float()))
+            parts.append(Embeddings(kind, *encoded.float()[:3]))
             order.append(batch["image_index" if kind == "image" else "caption_index"])
             bar.update(len(order[-1]))
     whole = Embeddings(kind, torch.cat([part.globals for part in parts]))
@@ -268,11 +272,7 @@ def now(device: torch.device) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     from harness import flags  # what is above knows nothing of it
-
-    args = flags.search_parser().parse_args(argv)
-    from harness.search import run  # after the flags, so that --help need not wait for it
-
-    return run(args)
+    return flags.run_search(argv)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ class Encoded(NamedTuple):
     globals: Tensor        # [B, D] unit length, the coarse embedding
     tokens: Tensor | None  # [B, T, D] unit length, the fine embeddings
     mask: Tensor | None    # [B, T] bool, True for real tokens
+    plain: Tensor | None = None  # [B, T, D] unit length, the tokens below the fine level of the unified model
 
     def float(self) -> Encoded:
         """The same in float32, in which the losses are computed."""
-        return Encoded(self.globals.float(), None if self.tokens is None else self.tokens.float(), self.mask)
+        return Encoded(*(part if part is None or part.dtype == torch.bool else part.float() for part in self))
 
 
 def transformer(width: int, layers: int, heads: int, feedforward: int, dropout: float) -> nn.TransformerEncoder:
@@ -103,9 +104,8 @@ class TokenGuidedEncoder(nn.Module):
 class TGDT(nn.Module):
     """Both branches (TGDT, architecture). `bert` is a `BertModel` of transformers, already cut to its first layers.
 
-    region_width None stands for the paper's choice, the width of the features. `guide` is no part of TGDT: the unified
-    model puts one of USER's enhancements (`user.py`) in front of the region encoder. `batch` has the names and shapes
-    of `data.Pairs`: regions [B, R, F], boxes [B, R, 4], region_mask [B, R]; word_ids and word_mask [B, W].
+    region_width None stands for the paper's choice, the width of the features. `batch` has the names and shapes of
+    `data.Pairs`: regions [B, R, F], boxes [B, R, 4], region_mask [B, R]; word_ids and word_mask [B, W].
     """
 
     def __init__(
@@ -121,11 +121,9 @@ class TGDT(nn.Module):
         feedforward: int = 2048,
         dropout: float = 0.1,
         zero_image_token: bool = False,
-        guide: nn.Module | None = None,
     ):
         super().__init__()
         width = region_width or feature_dim
-        self.guide = guide
         self.region_encoder = RegionEncoder(
             feature_dim, width, region_layers, heads, feedforward, dropout, zero_image_token
         )
@@ -136,10 +134,7 @@ class TGDT(nn.Module):
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens [B, R, D], one a region, without the image token; mask [B, R]."""
-        regions, mask = batch["regions"], batch["region_mask"]
-        if self.guide is not None:
-            regions = self.guide(regions, mask, batch.get("clip"))
-        slots, mask = self.region_encoder(regions, batch["boxes"], mask)                          # [B, 1 + R, width]
+        slots, mask = self.region_encoder(batch["regions"], batch["boxes"], batch["region_mask"])  # [B, 1 + R, width]
         globals_, tokens = self.image_branch(slots, mask)
         return Encoded(globals_, tokens[:, 1:], mask[:, 1:])
 

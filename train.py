@@ -15,8 +15,12 @@ there, on exactly the path that the uninterrupted run would have taken.
 """
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Mapping
+
+if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C ends the program without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +67,13 @@ def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mappi
         momentum.update(model)
     images, texts = encode(model, batch, precision)
     if name == "tgdt":
-        return losses.tgdt_loss(images, texts, row, negatives=negatives, **vars(settings.cmc))
+        return losses.tgdt_loss(images, texts, row, negatives=negatives, **vars(settings.cmc), **vars(settings.infonce))
     if settings.momentum.queue:
         keys = momentum_keys(momentum, batch, precision)
     if name == "user":
-        return losses.user_loss(images, texts, row, keys, **vars(settings.uto))
-    return losses.unified_loss(images, texts, row, keys, vars(settings.cmc), vars(settings.uto),
-                               settings.training.uto_weight, negatives)
+        return losses.user_loss(images, texts, row, keys, **vars(settings.uto), **vars(settings.infonce))
+    return losses.unified_loss(images, texts, row, keys, vars(settings.uto), settings.cmc.reduction,
+                               **vars(settings.infonce))
 
 
 def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:

@@ -175,19 +175,26 @@ class USER(nn.Module):
         """[n, F] -> [n, D]: a linear layer plus a small MLP."""
         return self.project(regions) + self.mlp_out(self.mlp_norm(self.mlp_in(regions)).relu())
 
-    def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
-        """globals [B, D] of unit length; no tokens."""
+    def region_tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is pooled of an image: tokens [B, R, D] and their mask [B, R]."""
         regions, mask = batch["regions"], batch["region_mask"]
         if self.guide is not None:
             regions = self.guide(regions, mask, batch.get("clip"))
-        tokens = of_real_tokens(self.embed_regions, regions, mask)                              # [B, R, D]
-        return Encoded(F.normalize(self.image_pool(tokens, mask), dim=1), None, None)
+        return of_real_tokens(self.embed_regions, regions, mask), mask
 
-    def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
-        """globals [B, D] of unit length, pooled over all word pieces with [CLS] and [SEP]; no tokens."""
+    def word_tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is pooled of a caption: tokens [B, W, D], [CLS] and [SEP] included, and their mask [B, W]."""
         mask = batch["word_mask"]
         states = self.bert(input_ids=batch["word_ids"], attention_mask=mask.long()).last_hidden_state
-        return Encoded(F.normalize(self.text_pool(self.project_words(states), mask), dim=1), None, None)
+        return self.project_words(states), mask
+
+    def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
+        """globals [B, D] of unit length; no tokens."""
+        return Encoded(F.normalize(self.image_pool(*self.region_tokens(batch)), dim=1), None, None)
+
+    def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
+        """globals [B, D] of unit length; no tokens."""
+        return Encoded(F.normalize(self.text_pool(*self.word_tokens(batch)), dim=1), None, None)
 
 
 # -------------------------------------------------------------------------------------------- momentum contrast

@@ -51,7 +51,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "ablations.csv"
 RECALLS = [(way, r) for way in ("i2t", "t2i") for r in ("r1", "r5", "r10")]
 COLUMNS = ["budget", "arm", "seed", "search", *(f"{way}_{r}" for way, r in RECALLS), "rsum", "seconds", "aligned"]
-LENGTHS, WEIGHTS = (10, 20, 50, 100, 200), (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
+LENGTHS, WEIGHTS = (10, 20, 50, 100, 200), (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def one(budget: str, arm: str, out: Path, argv: list[str]) -> int:
@@ -280,7 +280,7 @@ def print_searches(rows: list[dict], budget: str) -> None:
                                                 "", "", "", "1.0"], *lines])
             found = [by_seed(rows, budget, model, f"weight {weight:g}").values() for weight in WEIGHTS]
             print_table(f"4 weight of local ({model})", *(f"{weight:g}" for weight in WEIGHTS), rows=[
-                ["two-stage rsum", *(spread([float(row["rsum"]) for row in of_weight]) for of_weight in found)]])
+                ["two-stage rsum", *(spread([float(row["rsum"]) for row in of_weight]) if of_weight else "" for of_weight in found)]])
 
 
 def print_courses(rows: list[dict], budget: str) -> None:

@@ -6,6 +6,7 @@ import transformers
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 import tgdt
+import unified
 import user
 from harness.settings import Settings
 from sources import hub, scenes
@@ -50,7 +51,7 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
         raise BadInput(f"--text-layers: {error}") from error
 
 
-def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int = 0) -> tgdt.TGDT | user.USER:
+def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int = 0) -> torch.nn.Module:
     """The model of the settings, for region features of `feature_dim` numbers and CLIP embeddings of `clip_dim`."""
     enhancement, shape = settings.enhancement, settings.architecture
     guide = None
@@ -61,9 +62,12 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
         guide = user.CLIPGuidedEnhancement(clip_dim, feature_dim, enhancement.sharpness)
     if settings.run.model == "user":
         return user.USER(bert, feature_dim, shape.dim, guide)
+    if settings.run.model == "tgdt-user":
+        return unified.Unified(bert, feature_dim, shape.dim, guide, shape.local_layers, shape.heads, shape.feedforward,
+                               shape.dropout)
     return tgdt.TGDT(
         bert, feature_dim, shape.dim, shape.region_width or None, shape.region_layers, shape.local_layers,
-        shape.global_layers, shape.heads, shape.feedforward, shape.dropout, guide=guide,
+        shape.global_layers, shape.heads, shape.feedforward, shape.dropout,
     )
 
 

@@ -1,16 +1,17 @@
-"""The settings: one small dataclass a group, one line a setting; then the presets and the checks.
+"""The settings: one small dataclass a group, one line a setting; then the checks.
 
     name: Annotated[type, help, (lowest, highest)] = default
 
 The type is a plain one, or Literal with all choices. Every number has a range, which includes both ends. No two groups
 share a name, and `train.py` has a flag for each. The defaults are the released configuration of TGDT on Flickr30K, and
-of USER for what only USER has. `PRESETS` says what each preset changes.
+of USER for what only USER has. `presets.py` says what each preset changes.
 """
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from harness.presets import PRESETS
 from sources.files import BadInput, read_json, write_json
 
 
@@ -56,12 +57,12 @@ class Text:
 
 @dataclass
 class Architecture:
-    """Architecture (USER has only dim, and dropout in its BERT)"""
+    """Architecture (user has only --dim, and --dropout in its BERT)"""
 
     dim: Annotated[int, "D, size of the joint embedding", (2, 8192)] = 1024
     region_width: Annotated[int, "width of the region encoder; 0 is the features' own (paper)", (0, 8192)] = 0
     region_layers: Annotated[int, "layers of the region encoder", (1, 24)] = 4
-    local_layers: Annotated[int, "layers of each local encoder", (1, 24)] = 2
+    local_layers: Annotated[int, "layers of each local encoder, or fine level (tgdt-user)", (1, 24)] = 2
     global_layers: Annotated[int, "layers of each global encoder", (1, 24)] = 2
     heads: Annotated[int, "attention heads of each encoder", (1, 64)] = 4
     feedforward: Annotated[int, "feed-forward width of each encoder", (1, 32768)] = 2048
@@ -81,7 +82,7 @@ class Enhancement:
 
 @dataclass
 class CMC:
-    """CMC loss (tgdt, tgdt-user)"""
+    """CMC loss (tgdt; of these, tgdt-user has --local-weight and --reduction)"""
 
     margin: Annotated[float, "margin of the inter-modal hinge", (0, 10)] = 0.2
     intra_margin: Annotated[float, "margin of the intra-modal consistency", (0, 10)] = 0.3
@@ -97,6 +98,14 @@ class UTO:
     gamma: Annotated[float, "similarity above which a negative counts", (-1, 1)] = 0.5
     batch_weight: Annotated[float, "weight of UTO on the batch beside UTO on the queues", (0, 1000)] = 20.0
     reward_floor: Annotated[bool, "no gradient for true pairs whose similarity is below zero, as released"] = True
+
+
+@dataclass
+class InfoNCE:
+    """InfoNCE (tgdt-user; beside the papers' losses in tgdt and user)"""
+
+    infonce_weight: Annotated[float, "weight of InfoNCE on every level that is searched", (0, 1000)] = 0.0
+    temperature: Annotated[float, "temperature of its softmax", (0.001, 100)] = 0.05
 
 
 @dataclass
@@ -117,7 +126,6 @@ class Training:
     batch_size: Annotated[int, "captions a batch", (2, 16_384)] = 30
     captions_per_image: Annotated[int, "captions of an image that share a batch", (1, 1000)] = 1
     easy_epochs: Annotated[int, "first epochs, in which CMC takes the mean negative, not the hardest", (0, 10_000)] = 0
-    uto_weight: Annotated[float, "weight of UTO beside CMC (tgdt-user)", (0, 1000)] = 0.03
     lr: Annotated[float, "peak learning rate", (1e-9, 10)] = 1e-5
     text_lr: Annotated[float, "learning rate of BERT, as a multiple of --lr; 0 freezes BERT", (0, 100)] = 1.0
     weight_decay: Annotated[float, "weight decay of AdamW; 0 makes it Adam", (0, 1)] = 0.0
@@ -146,40 +154,11 @@ class Settings:
     enhancement: Enhancement = field(default_factory=Enhancement)
     cmc: CMC = field(default_factory=CMC)
     uto: UTO = field(default_factory=UTO)
+    infonce: InfoNCE = field(default_factory=InfoNCE)
     momentum: Momentum = field(default_factory=Momentum)
     training: Training = field(default_factory=Training)
     search: Search = field(default_factory=Search)
 
-
-# ----------------------------------------------------------------------------------------------------- presets
-
-PAPER_USER = dict(
-    text_layers=12, noise=0.2, guide="self",
-    epochs=20, batch_size=128, lr=5e-4, text_lr=0.1, weight_decay=1e-4, warmup=0, drop_every=10)
-PAPER_COCO = dict(batch_size=40)
-PAPER_COCO_USER = dict(epochs=25, drop_every=15, queue=4096, batch_weight=1.0)
-PAPER_SCENES = dict(text_encoder="from-scratch", text_layers=2, noise=0.0)
-SMALL = dict(  # photographs on a laptop
-    dim=256, region_width=512, region_layers=1, local_layers=1, global_layers=1, feedforward=1024,
-    reduction="mean", reward_floor=False,
-    epochs=10, batch_size=128, easy_epochs=1, lr=5e-4, text_lr=0.1, weight_decay=1e-4, warmup=100, schedule="linear")
-SMALL_USER = dict(  # all captions of an image in one batch, a constant rate, and the average over it is kept
-    noise=0.2, guide="self", dim=1024, momentum=0.997, keep="momentum",
-    epochs=9, batch_size=160, captions_per_image=5, lr=1e-3, warmup=0, schedule="constant")
-SMALL_SCENES = dict(  # words learnt from scratch in three minutes on two cores; no noise, since every word counts
-    text_encoder="from-scratch", text_layers=1, noise=0.0,
-    dim=128, region_width=128, feedforward=256, dropout=0.0, momentum=0.999, keep="model",
-    epochs=5, batch_size=72, captions_per_image=3, lr=1e-3, text_lr=1.0, warmup=100, schedule="linear", max_norm=20.0)
-UNIFIED = dict(noise=0.2, guide="self", reward_floor=False)  # no paper has this model: TGDT's values with USER's guide
-
-PRESETS = {  # what is changed from the defaults, first for the model, then for the dataset
-    ("paper", "tgdt"):      ({},                 {"coco": PAPER_COCO, "scenes": PAPER_SCENES}),
-    ("paper", "user"):      (PAPER_USER,         {"coco": PAPER_COCO_USER, "scenes": PAPER_SCENES}),
-    ("paper", "tgdt-user"): (UNIFIED,            {"coco": PAPER_COCO, "scenes": PAPER_SCENES}),
-    ("small", "tgdt"):      (SMALL,              {"scenes": SMALL_SCENES}),
-    ("small", "user"):      (SMALL | SMALL_USER, {"scenes": SMALL_SCENES}),
-    ("small", "tgdt-user"): (SMALL | UNIFIED,    {"scenes": SMALL_SCENES}),
-}
 
 # ------------------------------------------------------------------------------------------------------ checks
 

@@ -26,7 +26,7 @@ import data
 from harness import console, figures, folder, logs, models, pictures, report
 from harness import settings as settings_
 from harness.settings import Settings
-from sources.files import BadInput, write_whole
+from sources.files import BadInput, check_folder, locked, write_whole
 from user import MomentumContrast
 
 SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
@@ -103,11 +103,11 @@ class Run:
     def after_step(self, loss: Tensor, pairs: int) -> bool:
         """Watch the loss of a batch of `pairs`, save now and then. Returns False if the user asked to stop.
 
-        The state is saved then. history.jsonl has the loss of one pair: CMC is a sum over the pairs, UTO their mean.
+        The state is saved then. history.jsonl has the loss of one pair: TGDT's is a sum over the pairs.
         """
         self.bar.update()
         if self.step % LOOK_EVERY == 0 or self.step == self.steps_per_epoch:
-            self.losses.append(loss.item() / (1 if self.settings.run.model == "user" else pairs))
+            self.losses.append(loss.item() / (pairs if self.settings.run.model == "tgdt" else 1))
             if not math.isfinite(self.losses[-1]):
                 kept = self.out / "checkpoint.pt"
                 raise BadInput(f"the loss is {self.losses[-1]} at epoch {self.epoch + 1}, step {self.step}: training "
@@ -128,7 +128,7 @@ class Run:
                 "val": {name: val[name] for name in ("global", "two_stage") if name in val}}
         if self.kept is not self.model:  # to see what the average over the steps is worth
             line["val_model_rsum"] = report.final(self.evaluate(self.model))["rsum"]
-        if self.settings.run.model != "user":
+        if self.settings.run.model == "tgdt":
             line["negatives"] = "mean" if self.epoch <= self.settings.training.easy_epochs else "hardest"
         self.history.append(line)
         self.losses = []
@@ -183,7 +183,8 @@ class Interrupt:
         self.seen = False
 
     def __enter__(self) -> Interrupt:
-        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def note(self, number: int, frame: object) -> None:
@@ -246,23 +247,26 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
     if options.print_settings:
         print(json.dumps(asdict(settings), indent=2))
         return 0
-    if options.fetch_only or not options.resume:
-        pictures.find_data(settings, options.fetch_only, options.quiet)
     if options.fetch_only:
+        pictures.find_data(settings, True, options.quiet)
         print(f"{settings.run.dataset} is complete in {settings.run.data_root}")
         return 0
     out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
-    with console.locked(out):
+    with locked(out):
         if options.resume:
             settings = folder.resumed_settings(out, given)
         elif any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt")):
             raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
+        if settings.pictures.cache:
+            check_folder(Path(settings.pictures.cache))
+        if not options.resume:
+            pictures.find_data(settings, False, options.quiet)
         try:
             log = logs.open_log(options.log, out, settings)
             run = set_up(settings, out, options.device, options.resume, options.workers, options.quiet)
             run.log = log
             finished = train_guarded(train, run)
-        except BadInput:
+        except (BadInput, OSError):
             if not options.resume and not (out / "checkpoint.pt").is_file():  # nothing to go on from
                 (out / "settings.json").unlink(missing_ok=True)
                 shutil.rmtree(out / "tokenizer", ignore_errors=True)

@@ -1,5 +1,6 @@
 """Losses: parity with the released code, hand-worked numbers, and what may not change a result."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,28 @@ def test_uto_gradients():
             image, text, keys, mu=6.0, gamma=0.1, reward_floor=floor), (image, text))
 
 
+# ------------------------------------------------------------------------------------------------------- InfoNCE
+
+
+def test_info_nce_by_hand():
+    """Rows: log(1 + e^-2) and log(1 + e^-1); columns: log(1 + e^-3) and log(1 + e^0)."""
+    similarity = 0.5 * torch.tensor([[3.0, 1.0], [0.0, 1.0]], dtype=torch.double)
+    e = math.exp
+    want = sum(math.log(1 + x) for x in (e(-2), e(-1), e(-3), 1)) / 2
+    assert losses.info_nce(similarity, temperature=0.5).item() == pytest.approx(want, rel=1e-12)
+
+
+def test_info_nce_leaves_out_the_other_true_pairs():
+    """With captions 0 and 2 of one image, s(0, 2) and s(2, 0) take no part, and the diagonal stays the answer."""
+    similarity = torch.randn(3, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    moved = similarity.clone()
+    moved[0, 2], moved[2, 0] = 5.0, -3.0
+    masked = losses.info_nce(similarity, positives=positives)
+    assert masked == losses.info_nce(moved, positives=positives) and masked < losses.info_nce(similarity)
+    assert torch.autograd.gradcheck(lambda s: losses.info_nce(s, 0.5, positives), similarity.requires_grad_())
+
+
 # ------------------------------------------------------------------------------------------------ one loss a model
 
 
@@ -237,5 +260,14 @@ def test_one_loss_a_model_knows_which_captions_share_an_image():
     assert losses.user_loss(images, texts, row, keys, mu=8.0) == user_loss
     alone = losses.user_loss(images, texts, row, batch_weight=3.0)
     assert alone == 3 * losses.uto_batch(coarse @ texts.globals.T, positives=positives)
-    both = losses.unified_loss(images, texts, row, keys, given, {"mu": 8.0}, uto_weight=0.1, negatives="mean")
-    assert both == pytest.approx((tgdt_loss + 0.1 * 3 * user_loss).item(), rel=1e-12)
+
+    coarse_nce, fine_nce = (losses.info_nce(level, 0.1, positives) for level in (coarse @ texts.globals.T, local))
+    nce = {"infonce_weight": 2.0, "temperature": 0.1}
+    assert torch.isclose(losses.tgdt_loss(images, texts, row, **given, negatives="mean", **nce),
+                         tgdt_loss + 2 * 3 * (coarse_nce + fine_nce), rtol=1e-12)
+    assert torch.isclose(losses.user_loss(images, texts, row, keys, mu=8.0, **nce), user_loss + 2 * coarse_nce,
+                         rtol=1e-12)
+    images, texts = images._replace(plain=images.tokens.flip(2)), texts._replace(plain=texts.tokens)
+    plain = losses.local_similarity(images.plain, images.mask, texts.plain, texts.mask, "mean")[row]
+    want = user_loss + 2 * (coarse_nce + fine_nce + losses.info_nce(plain, 0.1, positives))
+    assert torch.isclose(losses.unified_loss(images, texts, row, keys, {"mu": 8.0}, **nce), want, rtol=1e-12)

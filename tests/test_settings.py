@@ -15,6 +15,7 @@ import losses
 import retrieve
 import tgdt
 import train
+import unified
 import user
 from harness import __version__, flags, models, settings
 from sources.files import BadInput
@@ -76,8 +77,8 @@ OTHER_NAMES = {"length": "queue", "weight": "local_weight", "shortlist": "images
 
 
 @pytest.mark.parametrize("function, other_names", [
-    (losses.cmc, {}), (losses.tgdt_loss, {}), (losses.uto, {}), (losses.user_loss, {}), (losses.unified_loss, {}),
-    (tgdt.TGDT, {}), (user.USER, {}), (user.SelfGuidedEnhancement, {"dropout": "guide_dropout"}),
+    (losses.cmc, {}), (losses.tgdt_loss, {}), (losses.uto, {}), (losses.user_loss, {}),
+    (tgdt.TGDT, {}), (user.USER, {}), (unified.Unified, {}), (user.SelfGuidedEnhancement, {"dropout": "guide_dropout"}),
     (user.CLIPGuidedEnhancement, {}), (user.MomentumContrast, {}), (retrieve.search, {}),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_a_default_is_the_same_in_the_settings_and_in_the_concept_files(function, other_names):
@@ -90,7 +91,15 @@ def test_a_default_is_the_same_in_the_settings_and_in_the_concept_files(function
     assert compared or function in (user.USER, user.CLIPGuidedEnhancement)
 
 
+def test_the_preset_of_the_unified_model_has_the_defaults_of_its_loss():
+    values = settings.flat(settings.make({"model": "tgdt-user"}))
+    parameters = inspect.signature(losses.unified_loss).parameters
+    assert {name: parameters[name].default for name in ("reduction", "infonce_weight", "temperature")} == {
+        name: values[name] for name in ("reduction", "infonce_weight", "temperature")}
+
+
 def test_the_loss_groups_are_keyword_arguments():
+    assert vars(settings.InfoNCE()).keys() <= inspect.signature(losses.unified_loss).parameters.keys()
     assert vars(settings.CMC()).keys() <= inspect.signature(losses.tgdt_loss).parameters.keys()
     assert vars(settings.UTO()).keys() <= inspect.signature(losses.user_loss).parameters.keys()
 

@@ -78,7 +78,7 @@ def test_a_run_of_the_unified_model_has_both(flags, tmp_path):
     assert train.main([*flags, "--model", "tgdt-user", "--epochs", "1"]) == 0
     assert {"global", "local", "two_stage"} <= json.loads((out / "metrics.json").read_text()).keys()
     names = weights(out).keys()
-    assert any(name.startswith("guide.") for name in names) and any("local_encoder" in name for name in names)
+    assert any(name.startswith("fine_words.") for name in names) and any("mlp_in" in name for name in names)
     assert (out / "alignment.png").is_file()
 
 

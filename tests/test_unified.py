@@ -1,0 +1,98 @@
+"""unified.py: what the fine level may change, and what not."""
+import pytest
+import torch
+import torch.nn.functional as F
+from test_user import TINY_BERT, make_batch
+from transformers import BertConfig, BertModel
+
+import losses
+import unified
+import user
+
+
+def make_model(trained: bool = True) -> unified.Unified:
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False)
+    model = unified.Unified(bert, 12, 8, layers=2, heads=2, feedforward=16)
+    if trained:  # nothing is zero any more
+        for weight in [*model.geometry.parameters(), *model.fine_regions.parameters(), *model.fine_words.parameters()]:
+            torch.nn.init.normal_(weight, std=0.5)
+    return model.eval()
+
+
+def boxed(**widths: int) -> dict[str, torch.Tensor]:
+    batch = make_batch(**widths)
+    boxes = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(1))
+    return batch | {"boxes": F.pad(boxes, (0, 0, 0, batch["regions"].shape[1] - 5), value=0.3)}
+
+
+def encoded(model: unified.Unified, batch: dict) -> tuple:
+    return model.encode_images(batch), model.encode_texts(batch)
+
+
+@torch.inference_mode()
+def test_the_coarse_vectors_are_those_of_user_with_the_same_weights():
+    model = make_model()
+    twin = user.USER(BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False), 12, 8).eval()
+    twin.load_state_dict({name: value for name, value in model.state_dict().items() if name in twin.state_dict()})
+    for ours, users in zip(encoded(model, boxed()), encoded(twin, boxed()), strict=True):
+        assert torch.equal(ours.globals, users.globals)
+
+
+@torch.inference_mode()
+def test_untrained_the_fine_level_changes_nothing():
+    for side in encoded(make_model(trained=False), boxed()):
+        assert torch.allclose(side.tokens[side.mask], side.plain[side.mask], atol=1e-6)
+    for side in encoded(make_model(), boxed()):
+        assert not torch.allclose(side.tokens[side.mask], side.plain[side.mask], atol=1e-2)
+
+
+@torch.inference_mode()
+def test_padding_and_the_other_rows_change_nothing():
+    model, batch = make_model(), boxed()
+    wider = boxed(regions=7, words=12)
+    alone = {name: value[1:2] for name, value in batch.items()}
+    for side, in_wider, by_itself in zip(encoded(model, batch), encoded(model, wider), encoded(model, alone),
+                                         strict=True):
+        for name in ("globals", "tokens", "plain"):
+            whole, padded, single = (getattr(part, name) for part in (side, in_wider, by_itself))
+            if name != "globals":
+                whole, padded, single = whole[side.mask], padded[in_wider.mask], single[by_itself.mask]
+                assert torch.allclose(whole.norm(dim=1), torch.ones(len(whole)), atol=1e-5)
+                assert torch.allclose(single, whole[int(side.mask[0].sum()):][:len(single)], atol=1e-5)
+            else:
+                assert torch.allclose(single, whole[1:2], atol=1e-5)
+            assert torch.allclose(whole, padded, atol=1e-5), name
+
+
+def test_words_are_counted_without_the_special_pieces():
+    texts = make_model().encode_texts(boxed())
+    assert texts.tokens.shape == texts.plain.shape == (3, 7, 8) and texts.mask.sum(1).tolist() == [7, 2, 4]
+
+
+def test_boxes_are_seen_by_the_fine_tokens_alone():
+    model, batch = make_model(), boxed()
+    moved = batch | {"boxes": batch["boxes"].flip(2)}
+    here, there = model.encode_images(batch), model.encode_images(moved)
+    assert torch.equal(here.globals, there.globals) and torch.equal(here.plain, there.plain)
+    assert not torch.allclose(here.tokens[here.mask], there.tokens[there.mask], atol=1e-3)
+
+
+@pytest.mark.parametrize("level, reaches_below", [("tokens", False), ("plain", True), ("globals", True)])
+def test_the_gradient_of_the_fine_tokens_stops_at_the_fine_level(level, reaches_below):
+    model = make_model().train()
+    for side in encoded(model, boxed()):
+        getattr(side, level).sum().backward()
+    below = [weight.grad for name, weight in model.named_parameters()
+             if not name.startswith(("fine", "geometry")) and weight.grad is not None]
+    fine = [weight.grad for name, weight in model.named_parameters() if name.startswith("fine")]
+    assert any(part.abs().max() > 0 for part in below) == reaches_below
+    assert all(part is not None for part in fine) == (level == "tokens")
+
+
+def test_one_gradient_step_of_the_whole_loss_reaches_every_weight():
+    model = make_model().train()
+    images, texts = encoded(model, boxed())
+    losses.unified_loss(images, texts, torch.arange(3), None, {}).backward()
+    unused = [name for name, weight in model.named_parameters() if weight.grad is None]
+    assert unused == []
