@@ -1,9 +1,10 @@
 """From settings to the things they describe: the text encoder, the model, the device."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-import transformers
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import tgdt
 import unified
@@ -30,25 +31,36 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         )
         return BertModel(config, add_pooling_layer=False), tokenizer
-    transformers.logging.set_verbosity_error()  # otherwise it reports at length on the pooler, which is not used
-    transformers.logging.disable_progress_bar()
     options = hub.options(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        bert = BertModel.from_pretrained(
-            name, add_pooling_layer=False, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **options
-        )
+        tokenizer = read_tokenizer(name, **options)
+        bert, found = BertModel.from_pretrained(
+            name, add_pooling_layer=False, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+            output_loading_info=True, **options)
     except Exception as error:  # transformers raises many kinds for a folder that is missing or damaged
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(
-            f"cannot load the text encoder {name!r}: it is no folder with config.json, weights and tokenizer, and no "
-            f"model of huggingface.co within reach. Download huggingface.co/{name} elsewhere and give its folder to "
-            f"--text-encoder. ({first})"
-        ) from error
+        files = "config.json, tokenizer.json, tokenizer_config.json and model.safetensors"
+        raise hub.cannot_load("text encoder", name, files, "--text-encoder", options["local_files_only"],
+                              error) from error
+    if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+        raise BadInput(f"the text encoder {name!r} of --text-encoder is no BERT: it has no {missing[0]}, and "
+                       f"{len(missing) - 1} more are missing")
+    if settings.text.longest > (most := bert.config.max_position_embeddings):
+        raise BadInput(f"--longest {settings.text.longest}: the text encoder {name!r} reads {most} word pieces at most")
     try:
         return tgdt.first_layers(bert, settings.text.text_layers), tokenizer
     except ValueError as error:
         raise BadInput(f"--text-layers: {error}") from error
+
+
+def read_tokenizer(name: str | Path, **options) -> BertTokenizer:
+    """BERT's tokenizer with the vocabulary of a folder or a model of the hub. No file there can name another class.
+
+    Raises OSError or ValueError if there is none. options: for `from_pretrained`.
+    """
+    tokenizer = BertTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) == len(tokenizer.all_special_ids):  # without a vocabulary, transformers makes one of no words
+        raise OSError("there is neither tokenizer.json nor vocab.txt")
+    return tokenizer
 
 
 def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int = 0) -> torch.nn.Module:

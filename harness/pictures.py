@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,33 +15,12 @@ import numpy as np
 import torch
 
 import data
+from harness import models
 from harness.settings import Settings
-from sources import fetch, files, layouts, networks, photos, scan_features
+from sources import files, layouts, networks, photos
 from sources.extract import Cache, check_same, fill
 from sources.features import InMemory, Stored
 from sources.files import BadInput
-
-
-def find_data(settings: Settings, check: bool, quiet: bool) -> None:
-    """Decide where the data lives, by default in data/<dataset>, and fetch what is missing of a published dataset.
-
-    A folder that the user names is used as it is if it has files of features or captions; check=True fetches and checks
-    there as well. Raises BadInput if the dataset is not one that can be fetched, or if fetching fails.
-    """
-    dataset, given = settings.run.dataset, settings.run.data_root
-    if dataset not in fetch.SOURCES:
-        if check:
-            raise BadInput(f"--fetch-only: --dataset {dataset} is not fetched from anywhere")
-        return
-    root = Path(given) if given else Path("data", dataset).absolute()
-    settings.run.data_root = str(root)
-    regions, there = settings.pictures.regions, layouts.has_features(dataset, root)
-    if regions == "files" and not there and dataset in scan_features.FOLDERS:
-        scan_features.fetch_scan_features(dataset, root, quiet)
-    features = regions == "files" or regions == "auto" and there
-    pictures = not features or settings.enhancement.guide == "clip" and not given  # are they wanted?
-    if check and regions != "files" or pictures and not fetch.finished(dataset, root):
-        fetch.fetch(dataset, root, quiet=quiet)
 
 
 def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, device: torch.device | str = "cpu",
@@ -89,6 +69,22 @@ def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, dev
     return found
 
 
+def of_folder(settings: Settings, run: Path, device: torch.device | str, workers: int, wanted: dict) -> data.Split:
+    """A split of all pictures in the folder --data-root, without captions. The arguments are those of `prepare`.
+
+    Raises BadInput if a run's regions came from files, since then it is not known what computed them.
+    """
+    if wanted["regions"]["kind"] == "files":
+        raise BadInput(f"{run} was trained on feature files, and what computed them is not known: --images needs "
+                       "a run that was trained on pictures, by --regions detector, grid or clip")
+    root = Path(settings.run.data_root)
+    found = photos.listed(root)
+    names = [picture.relative_to(root).as_posix() for picture in found]
+    split = data.Split("images", [], np.zeros(0, np.int64), None, names, found)
+    prepare({"images": split}, settings, run, device, workers, wanted)
+    return split
+
+
 def one(picture: Path | np.ndarray, settings: Settings, device: torch.device | str, wanted: dict) -> data.Split:
     """A split of one picture without captions. Nothing is read from the cache or written to it."""
     split = data.Split("query", [], np.zeros(0, np.int64), None, [str(picture)], [picture])
@@ -112,12 +108,30 @@ def kind(settings: Settings, splits: dict[str, data.Split], device: torch.device
     """
     if settings.pictures.regions != "auto" or settings.run.dataset == "scenes":
         return settings.pictures.regions
-    if all(split.features is not None for split in splits.values()):
+    if splits and all(split.features is not None for split in splits.values()):
         return "files"
     chosen, other = ("detector", "grid") if device.type == "cuda" else ("grid", "detector")
     reason = "there is a GPU" if device.type == "cuda" else "there is no GPU, and a detector would take much longer"
     print(f"regions come from a {chosen}, because {reason}; --regions {other} changes that")
     return chosen
+
+
+def fetch_models(settings: Settings) -> None:
+    """Load the text encoder and the networks that a run would take, so that it needs no network later.
+
+    Whether the machine that trains will have a GPU is not known here: for --regions auto, the default detector and the
+    default grid are both fetched. Raises BadInput if something cannot be had.
+    """
+    models.text_encoder(settings)
+    of, features = settings.pictures, layouts.has_features(settings.run.dataset, Path(settings.run.data_root))
+    kinds = [] if of.regions == "files" or of.regions == "auto" and features else [of.regions]
+    if kinds == ["auto"]:
+        named = of.region_network or of.region_weights
+        kinds = [kind(settings, {}, models.resolve("auto", "auto")[0])] if named else ["detector", "grid"]
+    for each in kinds:
+        regions_network(replace(settings, pictures=replace(of, regions=each)), "cpu")
+    if settings.enhancement.guide == "clip":
+        networks.Clip(settings.enhancement.clip_model)
 
 
 def makers_of_networks(settings: Settings, device: torch.device | str) -> dict[str, Callable]:
@@ -170,4 +184,4 @@ def check_guided(splits: dict[str, data.Split], missing: dict[str, dict[int, str
             raise BadInput(
                 f"--guide clip needs the pictures, but {len(of_split)} of {len(splits[name].pictures)} of split {name} "
                 f"have none, the first is image {row} ({splits[name].image_names[row]}). Put the pictures, and the "
-                f"dataset_*.json that names them, into --data-root, or use --guide self")
+                f"dataset_*.json that names them, into --data-root, or let --fetch-only do so, or use --guide self")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from sources import photos
@@ -21,20 +20,6 @@ from sources.files import BadInput, explained
 MOST_TEXT = 500_000_000  # bytes of a file of captions inside of an archive
 FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt",
                   "test": "Flickr_8k.testImages.txt"}
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Raises BadInput if another program is inside this block with the same folder."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BadInput(f"{folder}: another program is fetching into this folder; wait for it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from sources.files import BadInput
 from sources.store import Facts, Store, digest, facts
 
 FEW = 64  # so many pictures are decoded faster without starting other processes
+FIRST = 4  # batches, on which the time of a pass is measured
 
 
 class Cache:
@@ -122,6 +123,7 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
     batches = [todo[start : start + size] for start in range(0, len(todo), size)]
     workers = 0 if len(todo) <= FEW else workers or min(8, os.cpu_count() or 1)
     loader = DataLoader(Decoded(pictures, lacking, used), sampler=batches, batch_size=None, num_workers=workers,
+                        pin_memory=any(cache.network.device.type == "cuda" for cache in used.values()),
                         generator=torch.Generator())  # so that it takes no random numbers from the program's generator
     names = " and ".join(cache.identity["network"] for cache in used.values())
     bar = tqdm(total=len(todo), desc=f"{names} at the pictures", unit="picture", dynamic_ncols=True)
@@ -135,12 +137,15 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
                     if seen:
                         cache.add(seen, *prepared.get(name, ([], {})))
                 bar.update(len(digests) + len(wrong))
-                if bar.n == size < len(todo):
-                    minutes = bar.format_dict["elapsed"] / size * len(todo) / 60
-                    tqdm.write(f"about {minutes:.0f} minutes for {len(todo)} pictures, measured on the first {size}")
+                if bar.n == FIRST * size < len(todo):
+                    minutes = bar.format_dict["elapsed"] / bar.n * len(todo) / 60
+                    tqdm.write(f"about {minutes:.0f} minutes for {len(todo)} pictures, measured on the first {bar.n}")
     except KeyboardInterrupt:
         print(f"stopped: {bar.n} of {len(todo)} pictures are done, the next start goes on from there")
         raise
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"the memory of the GPU is not enough for {size} pictures at a time; what was computed is kept: "
+                       "go on when no other program uses the GPU, or by --device cpu") from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

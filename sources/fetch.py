@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from sources import annotations, archives, hub, photos
 from sources.annotations import Entry
 from sources.download import FULL, HUB, Address, check, download
-from sources.files import BadInput, write_whole
+from sources.files import BadInput, locked, write_whole
 
 
 class Dataset(NamedTuple):
@@ -92,17 +92,13 @@ def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool =
     fetched is not the dataset.
     """
     source = source or SOURCES[dataset]
-    entries = read(dataset, root, source)
-    parts = [] if entries else [Part(None, source.captions, 1)]
-    for start, addresses in source.pictures.items():
-        share = len(missing(root, entries, start)) / max(1, len(named(entries, start))) if entries else 1
-        parts += [Part(start, addresses, share)] if share else []
+    entries, parts = plan(dataset, root, source)
     if parts:
         announce(dataset, root, parts, free(root), quiet)
         reached = within_reach(root, parts)
         (root / WORK).mkdir(parents=True, exist_ok=True)
         try:
-            with archives.alone(root / WORK):
+            with locked(root / WORK):
                 tidy(root, source)
                 for part in parts:
                     if part.start is None:
@@ -120,6 +116,22 @@ def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool =
     shutil.rmtree(root / WORK, ignore_errors=True)
     if not quiet:
         say(f"{dataset} is whole in {root}: " + ", ".join(f"{count:,} {name}" for name, count in source.counts.items()))
+
+
+def check_network(dataset: str, root: Path) -> None:
+    """Raises BadInput, with what to do, if something is missing in `root` and no address that has it can be reached."""
+    if parts := plan(dataset, root, SOURCES[dataset])[1]:
+        within_reach(root, parts)
+
+
+def plan(dataset: str, root: Path, source: Dataset) -> tuple[list[Entry], list[Part]]:
+    """The captions that are in `root`, none if there are none, and the files that are still to be fetched."""
+    entries = read(dataset, root, source)
+    parts = [] if entries else [Part(None, source.captions, 1)]
+    for start, addresses in source.pictures.items():
+        share = len(missing(root, entries, start)) / max(1, len(named(entries, start))) if entries else 1
+        parts += [Part(start, addresses, share)] if share else []
+    return entries, parts
 
 
 def say(text: str) -> None:
@@ -232,6 +244,8 @@ def get(root: Path, part: Part, reached: dict[str, bool], quiet: bool, use: Call
                 if not reached[address.url]:
                     raise BadInput("it cannot be reached")
                 download(address, path, quiet)
+            if not quiet:
+                say(f"checking {address.name}")
             check(path, address)
             use(path)
         except BadInput as error:

@@ -1,4 +1,4 @@
-"""Clear errors, and files that are never left half written.
+"""Clear errors, files that are never left half written, and folders that one program writes at a time.
 
 An error message is one line. It names the file, line or index, says what was found there and what was expected.
 """
@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 
@@ -36,14 +37,25 @@ def explained(place: Path | str, expected: str):
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file by `write(file)`. If the program is killed, the old file or the new one is there, never a part."""
+    """Write a file by `write(file)`. If the program is killed, the old file or the new one is there, never a part.
+
+    Raises OSError, with the name of the file, if it cannot be written, for instance because the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            partial.unlink()  # it takes room, and is of no use
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def append(path: Path, end: int, content: bytes) -> None:
@@ -62,11 +74,59 @@ def append(path: Path, end: int, content: bytes) -> None:
         raise BadInput(f"{path}: cannot be written: {error.strerror}; what was written before is kept") from error
 
 
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents. Those that are new, and still empty at the end of the block, are removed again."""
+    new = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # no longer empty, or renamed
+            for part in new:
+                part.rmdir()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises BadInput if a folder cannot be made, or if no file can be written into it. Leaves nothing behind."""
+    try:
+        with made(folder), TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"{folder}: expected a folder that can be written: {error.strerror}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder`, and be the only program that writes into it. What is still empty at the end is removed again.
+
+    Raises BadInput if another program writes there, and if the folder cannot be made or written.
+    """
+    from filelock import FileLock, Timeout  # here, so that --help need not wait for it
+
+    check_folder(folder)
+    with made(folder):
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BadInput(f"{folder}: another program is writing there; wait for it, or give another folder") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)  # while it is held: after the release it may be another program's
+            lock.release()
+
+
 def write_json(path: Path, value: object) -> None:
     write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def read_json(path: Path) -> dict:
+    """What a JSON file holds. Raises BadInput if it is missing, no JSON, or a pipe or device, which may never end."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
     try:
         return json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -132,8 +132,9 @@ def read_scan(dataset: str, root: Path, folder: Path, entries: list[Entry],
 
 def read_captions(path: Path) -> list[str]:
     """One caption a line; the last line may lack its newline. Raises BadInput for an empty line or broken UTF-8."""
+    content = photos.read_file(path, "a file of captions")
     with explained(path, "a readable file"):  # splitlines() would also split at other characters than newlines
-        captions = [line.strip() for line in path.read_bytes().decode().removesuffix("\n").split("\n")]
+        captions = [line.strip() for line in content.decode().removesuffix("\n").split("\n")]
     if "" in captions:
         raise BadInput(f"{path}, line {captions.index('') + 1}: empty, expected a caption")
     return captions

@@ -9,7 +9,8 @@ All classes are used alike:
     prepare(picture) -> tensors       of one picture; may run in another process
     look(batch) -> arrays             batch: prepared pictures, stacked; no picture's result depends on the others
     identity                          a dictionary of all that decides the result: network, weights, sizes
-    batch_size                        how many pictures to look at together
+    device                            where it computes
+    batch_size                        how many pictures to look at together: more on a GPU, to fill it
 """
 from __future__ import annotations
 
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -39,6 +39,11 @@ def regions_network(kind: str, name: str, weights: str, count: int, side: int, c
     if kind == "grid":
         return Grid(load_classifier(name or "resnet50", weights), count, side or 384, device)
     return Patches(clip, device) if kind == "clip" else SceneWindows()
+
+
+def in_bfloat16(device: torch.device) -> torch.autocast:
+    """A block in which the heavy layers run in bfloat16 if the device is a GPU. On a processor it changes nothing."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
 
 def squashed(picture: Image.Image, side: int) -> dict[str, Tensor]:
@@ -75,7 +80,7 @@ class Normalised:
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self.mean.device).float() / 255 - self.mean) / self.std
+        return (pixels.to(self.mean.device, non_blocking=True).float() / 255 - self.mean) / self.std
 
 
 class Detector:
@@ -85,10 +90,9 @@ class Detector:
     pooled again in the boxes that are left, so that features and boxes belong together.
     """
 
-    batch_size = 4
-
     def __init__(self, name: str, net: nn.Module, count: int, side: int, device: torch.device | str = "cpu"):
-        self.net, self.count = net.to(device).eval(), count
+        self.net, self.count, self.device = net.to(device).eval(), count, torch.device(device)
+        self.batch_size = 8 if self.device.type == "cuda" else 4
         self.normalised = Normalised(net.transform.image_mean, net.transform.image_std, device)
         self.dim = net.roi_heads.box_predictor.cls_score.in_features
         self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "side": side,
@@ -100,16 +104,18 @@ class Detector:
         """pixels [B, 3, S, S] and size [B, 2] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
         heads, sizes = self.net.roi_heads, [tuple(size) for size in batch["size"].tolist()]
         pixels = self.normalised(batch["pixels"])
-        maps = self.net.backbone(pixels)
+        with in_bfloat16(self.device):
+            maps = self.net.backbone(pixels)
         maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        maps = {name: of_level.float() for name, of_level in maps.items()}
         proposals = self.net.rpn(ImageList(pixels, sizes), maps)[0]
-        scores, shifts = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
+        scores, shifts = heads.box_predictor(self.pooled(maps, proposals, sizes))
         refined = heads.box_coder.decode(shifts, proposals)  # [all proposals, classes, 4]
         likeliest, label = scores.softmax(1)[:, 1:].max(1)  # class 0 is the background
         refined = refined[torch.arange(len(label), device=label.device), label + 1]
         each = [len(own) for own in proposals]
         found = [self.best(*own) for own in zip(refined.split(each), likeliest.split(each), sizes, strict=True)]
-        features = heads.box_head(heads.box_roi_pool(maps, found, sizes)).split([len(boxes) for boxes in found])
+        features = self.pooled(maps, found, sizes).split([len(boxes) for boxes in found])
         out = {"regions": np.zeros((len(found), self.count, self.dim), np.float32),
                "boxes": np.zeros((len(found), self.count, 4), np.float32), "count": np.zeros(len(found), np.float32)}
         for row, (boxes, seen, (height, width)) in enumerate(zip(found, features, sizes, strict=True)):
@@ -117,6 +123,13 @@ class Detector:
             out["boxes"][row, : len(boxes)] = (boxes / boxes.new_tensor([width, height, width, height])).cpu().numpy()
             out["count"][row] = len(boxes)
         return out
+
+    def pooled(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """The features [all boxes, F] in some boxes of each picture."""
+        inside = self.net.roi_heads.box_roi_pool(maps, boxes, sizes)
+        with in_bfloat16(self.device):
+            features = self.net.roi_heads.box_head(inside)
+        return features.float()
 
     def best(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
         """boxes [P, 4] in pixels, scores [P] -> at most `count` boxes, best first; if none is left, the whole picture.
@@ -145,13 +158,13 @@ def of_cells(features: Tensor, boxes: np.ndarray) -> dict[str, np.ndarray]:
 class Grid:
     """The last feature map of a classification network, pooled into `count` cells that cover the whole picture."""
 
-    batch_size = 32
-
     def __init__(self, classifier: Classifier, count: int, side: int, device: torch.device | str = "cpu"):
         self.across = round(count**0.5)
         if self.across**2 != count:
             raise BadInput(f"--boxes {count}: a grid has a square number of cells, such as 36 or 49")
         self.net = classifier.net.to(device, memory_format=torch.channels_last).eval()
+        self.device = torch.device(device)
+        self.batch_size = 128 if self.device.type == "cuda" else 32
         self.last_map, self.normalised = classifier.last_map, Normalised(classifier.mean, classifier.std, device)
         self.boxes, self.prepare = cells(self.across), partial(squashed, side=side)
         self.dim = self.features(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[2]
@@ -162,7 +175,9 @@ class Grid:
     def features(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] uint8 -> [B, R, F]."""
         pixels = self.normalised(pixels).contiguous(memory_format=torch.channels_last)
-        return F.adaptive_avg_pool2d(self.last_map(self.net, pixels), self.across).flatten(2).transpose(1, 2)
+        with in_bfloat16(self.device):
+            maps = self.last_map(self.net, pixels)
+        return F.adaptive_avg_pool2d(maps.float(), self.across).flatten(2).transpose(1, 2)
 
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """pixels [B, 3, S, S] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
@@ -172,11 +187,9 @@ class Grid:
 class Patches:
     """The last hidden states of a CLIP's patches. They cover the whole picture, which is squashed, not cropped."""
 
-    batch_size = 32
-
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         clip = Clip(name, device)
-        self.vision = clip.vision
+        self.vision, self.device, self.batch_size = clip.vision, clip.device, clip.batch_size
         across = clip.side // clip.vision.config.patch_size
         self.boxes, self.prepare = cells(across), partial(squashed, side=clip.side)
         self.normalised = Normalised(clip.processor.image_mean, clip.processor.image_std, device)
@@ -187,14 +200,16 @@ class Patches:
     @torch.inference_mode()
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """pixels [B, 3, S, S] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
-        states = self.vision(pixel_values=self.normalised(batch["pixels"])).last_hidden_state
-        return of_cells(self.vision.post_layernorm(states[:, 1:]), self.boxes)  # without the class token
+        pixels = self.normalised(batch["pixels"])
+        with in_bfloat16(self.device):
+            states = self.vision(pixel_values=pixels).last_hidden_state
+        return of_cells(self.vision.post_layernorm(states[:, 1:].float()), self.boxes)  # without the class token
 
 
 class SceneWindows:
     """The stand-in for a detector that the built-in scenes use (see `windows.py`), for any picture."""
 
-    batch_size = 50
+    batch_size, device = 50, torch.device("cpu")
     dim, identity = windows.DIM, {"kind": "scenes", "network": "windows", "regions": windows.BOXES, "dim": windows.DIM}
     prepare = staticmethod(partial(squashed, side=windows.SIDE))
 
@@ -212,20 +227,13 @@ class Clip:
     name: a model of huggingface.co or a local folder. Raises BadInput if there is no such CLIP.
     """
 
-    batch_size = 32
-
     def __init__(self, name: str, device: torch.device | str = "cpu"):
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         options = hub.options(name)
         try:
             clip, report = CLIPModel.from_pretrained(name, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError) as error:
-            raise BadInput(
-                f"cannot load the CLIP {name!r}: it is neither a folder with a CLIP's config.json and weights nor a "
-                f"model of huggingface.co that can be reached. Download config.json, preprocessor_config.json and "
-                f"model.safetensors of huggingface.co/{name} elsewhere and give their folder to --clip-model. "
-                f"({str(error).splitlines()[0]})") from error
+            files = "config.json, preprocessor_config.json and pytorch_model.bin or model.safetensors"
+            raise hub.cannot_load("CLIP", name, files, "--clip-model", options["local_files_only"], error) from error
         missing = sorted(key for key in report["missing_keys"] if key.startswith("vis"))
         if missing:  # transformers would fill them with random numbers
             raise BadInput(f"the CLIP {name!r} of --clip-model has no {missing[0]} (and {len(missing) - 1} more)")
@@ -233,11 +241,11 @@ class Clip:
         self.side = side = clip.config.vision_config.image_size
         frame = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
         try:
-            local = options["local_files_only"]
-            self.processor = CLIPImageProcessor.from_pretrained(name, local_files_only=local, **frame)
+            self.processor = CLIPImageProcessor.from_pretrained(name, **options, **frame)
         except OSError:  # there is no preprocessor_config.json, but all CLIPs prepare pictures alike
             self.processor = CLIPImageProcessor(**frame)
-        self.name, self.dim, self.device = name, self.project.out_features, device
+        self.name, self.dim, self.device = name, self.project.out_features, torch.device(device)
+        self.batch_size = 128 if self.device.type == "cuda" else 32
         self.identity = {"kind": "clip-guide", "network": "CLIP", "weights": fingerprint(self.vision, self.project),
                          "prepared": self.processor.to_json_string(), "dim": self.dim}
         self.prepare = partial(as_clip_sees, processor=self.processor)
@@ -245,5 +253,7 @@ class Clip:
     @torch.inference_mode()
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """pixels [B, 3, S, S] -> clip [B, E] float32 of unit length."""
-        seen = self.project(self.vision(pixel_values=batch["pixels"].to(self.device)).pooler_output)
+        pixels = batch["pixels"].to(self.device, non_blocking=True)
+        with in_bfloat16(self.device):
+            seen = self.project(self.vision(pixel_values=pixels).pooler_output)
         return {"clip": F.normalize(seen.float(), dim=1).cpu().numpy()}

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from sources import hub
 from sources.files import BadInput, read_weights
 
 
@@ -95,12 +96,15 @@ def state_dict(name: str, weights: str, models: ModuleType, expected: str) -> di
     if (weights or "DEFAULT") not in published.__members__:
         raise BadInput(f"--region-weights {weights}: neither a file nor one of {', '.join(published.__members__)}")
     chosen = published[weights or "DEFAULT"]
+    place = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[1]
     try:
+        if not place.is_file() and not hub.within_reach(chosen.url):  # PyTorch would wait much longer
+            raise OSError("no network")
         return chosen.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
-        place = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[1]
         raise BadInput(f"{place}: the weights of {name} are not there and cannot be downloaded ({error}). Download "
-                       f"{chosen.url} elsewhere and put it there, or give the file to --region-weights") from error
+                       f"{chosen.url} ({chosen.meta['_file_size']:.0f} MB) on another machine and put it there, or "
+                       "give the file to --region-weights") from error
 
 
 def fill(net: nn.Module, state: dict[str, Tensor], name: str, weights: str) -> None:

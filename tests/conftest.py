@@ -23,7 +23,7 @@ def bert(tmp_path_factory) -> Path:
     BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder)
+                         intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
     return folder
 
 

@@ -5,14 +5,20 @@ import io
 import json
 import re
 import zipfile
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from time import sleep
 
-import numpy as np
 from PIL import Image
 
+from sources import scenes
+from sources.download import Address
+from sources.fetch import Dataset
+
 COMMIT = "0123456789" * 4
+SPLITS = {"train": 5, "val": 2, "test": 2}
+COUNTS = {"flickr30k": SPLITS, "flickr8k": SPLITS, "coco": {"train": 4, "restval": 2, "val": 2, "test": 2}}
 Images = list[tuple[str, str, list[str]]]  # (file name, split, captions) of each image
 
 
@@ -102,25 +108,30 @@ def on_hub(repository: str, name: str) -> str:
     return f"/datasets/{repository}/resolve/{COMMIT}/{name}"
 
 
+@cache
+def drawn() -> scenes.Scenes:
+    return scenes.make("train", count=10)
+
+
 def images(dataset: str, counts: dict[str, int]) -> Images:
     """So many images of each split, with five captions each. A "restval" of COCO has pictures of val2014."""
     listed = []
     for split, count in counts.items():
         for _ in range(count):
-            number = len(listed) + 1
+            row, number = len(listed), len(listed) + 1
             folder = "train2014" if split == "train" else "val2014"
             name = f"COCO_{folder}_{number:012}.jpg" if dataset == "coco" else f"{1000 + number}_ab.jpg"
-            captions = [f'a "dog", number {number}, sits {word}' for word in "here there on by in".split()]
+            captions = [f'"here", {caption}' for caption in drawn().captions[5 * row : 5 * row + 5]]
             listed.append((name, split, captions))
     return listed
 
 
 def jpegs(listed: Images) -> dict[str, bytes]:
-    """A small picture for each image: name -> bytes."""
-    rng, found = np.random.default_rng(0), {}
-    for name, _, _ in listed:
+    """A drawn scene for each image: name -> bytes."""
+    found = {}
+    for row, (name, _, _) in enumerate(listed):
         content = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(content, "jpeg")
+        Image.fromarray(drawn().pictures[row, :96]).save(content, "jpeg")
         found[name] = content.getvalue()
     return found
 
@@ -167,3 +178,37 @@ def flickr8k_texts(listed: Images) -> bytes:
              for split, title in (("train", "train"), ("val", "dev"), ("test", "test"))}
     return packed({"Flickr8k.token.txt": "\n".join([*lines, "no-split.jpg#0\ta cat\n"]).encode(),
                    "__MACOSX/._Flickr8k.token.txt": b"x", "readme.txt": b"x", **lists})
+
+
+def address(server: Server, path: str, content: bytes | None = None, hashed: str = "sha256") -> Address:
+    """Serve some content, and give its address with its size and hash."""
+    if content is not None:
+        server.files[path] = content
+    content = server.files[path]
+    return Address(server.url + path, len(content), hashlib.new(hashed, content).hexdigest() if hashed else "")
+
+
+def serve(server: Server, dataset: str, plain: bool = False) -> Dataset:
+    """Serve a small dataset in its real layout: what is on the hub there, or all as plain addresses."""
+    def at(repository: str, name: str, content: bytes, hashed: str = "sha256") -> Address:
+        return address(server, f"/plain/{name}" if plain else on_hub(repository, name), content, hashed)
+
+    listed = images(dataset, COUNTS[dataset])
+    pictures = jpegs(listed)
+    spare = at("gpantaz/karpathy_split", "caption_datasets.zip",
+               packed({f"dataset_{dataset}.json": karpathy(listed), "dataset_other.json": b"x"}))
+    if dataset == "flickr30k":
+        captions = at("nlphuji/flickr30k", "flickr_annotations_30k.csv", flickr30k_table(listed))
+        found = {"": [at("nlphuji/flickr30k", "flickr30k-images.zip", in_folder("flickr30k-images", pictures))]}
+    elif dataset == "flickr8k":
+        captions = address(server, "/release/Flickr8k_text.zip", flickr8k_texts(listed), "md5")
+        content = in_folder("Flicker8k_Dataset", pictures)
+        found = {"": [address(server, "/release/Flickr8k_Dataset.zip", content, "md5")]}
+    else:
+        captions, found = at("openflamingo/eval_benchmark", "dataset_coco.json", karpathy(listed), ""), {}
+        for folder in ("train2014", "val2014"):
+            content = in_folder(folder, {name: inside for name, inside in pictures.items() if folder in name})
+            found[f"COCO_{folder}_"] = [at("GAIA-URJC/COCO_2014", f"{folder}.zip", content),
+                                        address(server, f"/zips/{folder}.zip", content)]
+    counts = COUNTS[dataset] if dataset != "coco" else {"train": 6, "val": 2, "test": 2}
+    return Dataset([captions, spare], found, counts)

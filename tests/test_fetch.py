@@ -1,6 +1,5 @@
 """Fetching, against a server of the test's own: whole datasets, broken sources, kills, and no network."""
 import errno
-import hashlib
 import io
 import json
 import os
@@ -15,16 +14,14 @@ from pathlib import Path
 
 import pytest
 import served
-from served import Server, in_folder, jpegs, on_hub, packed
+from served import COUNTS, SPLITS, Server, address, jpegs, packed, serve
 
-from sources import archives, fetch, hub, layouts, scan_features
+from sources import archives, fetch, files, hub, layouts, scan_features
 from sources.download import Address
 from sources.fetch import Dataset
 from sources.files import BadInput
 
 ROOT = Path(__file__).parent.parent
-SPLITS = {"train": 5, "val": 2, "test": 2}
-COUNTS = {"flickr30k": SPLITS, "flickr8k": SPLITS, "coco": {"train": 4, "restval": 2, "val": 2, "test": 2}}
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
@@ -64,40 +61,6 @@ def no_proxy(monkeypatch):
 def server():
     with Server() as running:
         yield running
-
-
-def address(server: Server, path: str, content: bytes | None = None, hashed: str = "sha256") -> Address:
-    """Serve some content, and give its address with its size and hash."""
-    if content is not None:
-        server.files[path] = content
-    content = server.files[path]
-    return Address(server.url + path, len(content), hashlib.new(hashed, content).hexdigest() if hashed else "")
-
-
-def serve(server: Server, dataset: str, plain: bool = False) -> Dataset:
-    """Serve a small dataset in its real layout: what is on the hub there, or all as plain addresses."""
-    def at(repository: str, name: str, content: bytes, hashed: str = "sha256") -> Address:
-        return address(server, f"/plain/{name}" if plain else on_hub(repository, name), content, hashed)
-
-    listed = served.images(dataset, COUNTS[dataset])
-    pictures = jpegs(listed)
-    spare = at("gpantaz/karpathy_split", "caption_datasets.zip",
-               packed({f"dataset_{dataset}.json": served.karpathy(listed), "dataset_other.json": b"x"}))
-    if dataset == "flickr30k":
-        captions = at("nlphuji/flickr30k", "flickr_annotations_30k.csv", served.flickr30k_table(listed))
-        found = {"": [at("nlphuji/flickr30k", "flickr30k-images.zip", in_folder("flickr30k-images", pictures))]}
-    elif dataset == "flickr8k":
-        captions = address(server, "/release/Flickr8k_text.zip", served.flickr8k_texts(listed), "md5")
-        content = in_folder("Flicker8k_Dataset", pictures)
-        found = {"": [address(server, "/release/Flickr8k_Dataset.zip", content, "md5")]}
-    else:
-        captions, found = at("openflamingo/eval_benchmark", "dataset_coco.json", served.karpathy(listed), ""), {}
-        for folder in ("train2014", "val2014"):
-            content = in_folder(folder, {name: inside for name, inside in pictures.items() if folder in name})
-            found[f"COCO_{folder}_"] = [at("GAIA-URJC/COCO_2014", f"{folder}.zip", content),
-                                        address(server, f"/zips/{folder}.zip", content)]
-    counts = COUNTS[dataset] if dataset != "coco" else {"train": 6, "val": 2, "test": 2}
-    return Dataset([captions, spare], found, counts)
 
 
 def child(server: Server, root: Path, dataset: str, source: Dataset, victim: str = "", times: int = 0,
@@ -367,7 +330,7 @@ def test_killed_while_it_downloads(tmp_path, server):
 def test_two_programs_do_not_fetch_into_one_folder(tmp_path, server):
     source = serve(server, "flickr8k", plain=True)
     (tmp_path / fetch.WORK).mkdir()
-    with archives.alone(tmp_path / fetch.WORK):
+    with files.locked(tmp_path / fetch.WORK):
         refused(lambda: fetch.fetch("flickr8k", tmp_path, source), "another program")
     fetch.fetch("flickr8k", tmp_path, source)
     check_whole(tmp_path, "flickr8k", source)
@@ -378,7 +341,11 @@ def test_two_programs_do_not_fetch_into_one_folder(tmp_path, server):
     ("coco", ["144.2 MB", "13.5 GB", "6.6 GB", "dataset_coco.json", "images.cocodataset.org/zips/val2014.zip"]),
     ("flickr8k", ["2.3 MB", "1.1 GB", "jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_Dataset.zip"])])
 def test_without_a_network_two_seconds_tell_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, dataset, files):
-    monkeypatch.setattr(hub.socket, "create_connection", lambda *given: time.sleep(30))
+    def hang(*given: object) -> None:
+        time.sleep(30)
+        raise OSError
+
+    monkeypatch.setattr(hub.socket, "create_connection", hang)
     monkeypatch.setattr(hub, "WAIT", hub.WAIT if dataset == "flickr30k" else 0.2)
     start = time.perf_counter()
     refused(lambda: fetch.fetch(dataset, tmp_path / "data", quiet=True, free=lambda folder: 10**12),

@@ -1,7 +1,17 @@
 """The training command and a dataset that is not there: without a network one line says what to do."""
+import subprocess
+import sys
 import time
+from pathlib import Path
+
+import pytest
 
 import train
+from harness import fetching, models, pictures, settings
+from sources import fetch, hub, networks
+from sources.files import BadInput
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_without_a_network_the_command_says_what_to_do(tmp_path, monkeypatch, capsys):
@@ -15,3 +25,48 @@ def test_without_a_network_the_command_says_what_to_do(tmp_path, monkeypatch, ca
     assert "flickr30k-images.zip" in message and "4.4 GB" in message and "--dataset scenes" in message
     assert train.main(["--dataset", "scenes", "--fetch-only"]) == 2
     assert "is not fetched from anywhere" in capsys.readouterr().err
+
+
+def test_the_message_comes_before_anything_slow_is_imported(tmp_path):
+    child = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["train.py", "--dataset", "coco"]
+try:
+    runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+finally:
+    print([name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", child], cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stdout == "[]\n"
+    assert done.stderr.startswith("error: there is no network") and done.stderr.count("\n") == 1
+
+
+def test_features_do_not_replace_the_pictures_that_clip_looks_at(root, tmp_path, monkeypatch, capsys):
+    """A folder with SCAN's files alone is enough, until --guide clip asks for pictures: these are fetched then."""
+    monkeypatch.setattr(hub, "within_reach", lambda address="": False)
+    plain = {"dataset": "flickr8k", "data_root": str(root), "model": "user"}
+    fetching.find_data(settings.make(plain), False, False)
+    with pytest.raises(BadInput, match="Flickr8k_Dataset.zip"):
+        fetching.find_data(settings.make(plain | {"guide": "clip"}), False, False)
+    assert "--guide clip looks at the pictures" in capsys.readouterr().err
+    monkeypatch.setattr(fetch, "finished", lambda dataset, folder: folder == root)  # now they are there
+    fetching.find_data(settings.make(plain | {"guide": "clip"}), False, False)
+    assert capsys.readouterr().err == ""
+
+
+def test_fetch_only_brings_every_network_that_the_training_may_take(root, tmp_path, monkeypatch):
+    """Whether the machine that trains has a GPU, which takes the detector, cannot be known where things are fetched."""
+    brought: list[str] = []
+    monkeypatch.setattr(models, "text_encoder", lambda settings: brought.append("text"))
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: brought.append(settings.pictures.regions))
+    monkeypatch.setattr(networks, "Clip", lambda name: brought.append("guide"))
+    for folder, more, expected in (
+        (tmp_path, {}, ["text", "detector", "grid"]), (tmp_path, {"regions": "clip"}, ["text", "clip"]),
+        (root, {}, ["text"]), (root, {"regions": "grid"}, ["text", "grid"]), (root, {"regions": "files"}, ["text"]),
+        (root, {"model": "user", "guide": "clip"}, ["text", "guide"]),
+    ):
+        brought.clear()
+        pictures.fetch_models(settings.make({"dataset": "flickr8k", "data_root": str(folder)} | more))
+        assert brought == expected

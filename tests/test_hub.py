@@ -1,10 +1,15 @@
 """The hub: found out of reach within two seconds, and never asked for code."""
+import json
+import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import save_clip
+from safetensors.torch import load_file, save_file
+from transformers import BertTokenizer
 
 from harness import models, settings
 from sources import hub, networks
@@ -42,12 +47,52 @@ def test_a_name_that_nobody_looks_up_takes_two_seconds_at_most(monkeypatch):
     never.set()
 
 
-def test_without_a_hub_the_message_comes_at_once(monkeypatch, tmp_path):
+def test_without_a_hub_two_seconds_tell_which_files_to_fetch_and_where_to_put_them(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     start = time.perf_counter()
-    with pytest.raises(BadInput, match="text encoder 'bert-base-uncased'.*--text-encoder"):
+    with pytest.raises(BadInput) as text:
         models.text_encoder(settings.make({"dataset": "flickr8k"}))
-    with pytest.raises(BadInput, match="CLIP 'openai/clip-vit-base-patch32'.*--clip-model"):
+    with pytest.raises(BadInput) as clip:
         networks.Clip("openai/clip-vit-base-patch32")
-    assert time.perf_counter() - start < 2 * hub.WAIT + 2
+    assert time.perf_counter() - start < 2 * hub.WAIT
+    for error, words in ((text, ["bert-base-uncased/tree/main", "tokenizer.json", "440 MB", "--text-encoder"]),
+                         (clip, ["clip-vit-base-patch32/tree/main", "preprocessor_config.json", "605 MB", "--clip-m"])):
+        message = str(error.value)
+        assert "cannot be reached" in message and "config.json" in message and all(word in message for word in words)
     assert networks.Clip(str(save_clip(tmp_path))).dim == 6  # a folder needs no hub
+
+
+def test_a_folder_that_lacks_something_is_told_what(bert, tmp_path):
+    """Without weights or words of its own a BERT would be made of random numbers, or know no word."""
+    def load(folder: Path) -> str:
+        with pytest.raises(BadInput) as error:
+            models.text_encoder(settings.make({"dataset": "flickr8k", "text_encoder": str(folder), "text_layers": 1}))
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such folder" in load(tmp_path / "none")
+    copied = shutil.copytree(bert, tmp_path / "bert")
+    (copied / "tokenizer.json").unlink()
+    assert "neither tokenizer.json nor vocab.txt" in load(copied)
+    shutil.copy(bert / "tokenizer.json", copied)
+    weights = load_file(copied / "model.safetensors")
+    weights.pop("encoder.layer.0.output.dense.bias")
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    assert "no BERT: it has no encoder.layer.0.output.dense.bias" in load(copied)
+    (copied / "model.safetensors").unlink()
+    assert "expected a folder with config.json" in load(copied)
+
+
+def test_a_tokenizer_that_asks_for_code_gets_none(bert, tmp_path, monkeypatch):
+    """In a text encoder's folder and in a run's: the words are read, no code runs, nobody is asked at the terminal."""
+    copied = shutil.copytree(bert, tmp_path / "bert")
+    wishes = json.loads((copied / "tokenizer_config.json").read_text())
+    wishes |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (copied / "tokenizer_config.json").write_text(json.dumps(wishes))
+    (copied / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asked"))
+    chosen = settings.make({"dataset": "flickr8k", "text_encoder": str(copied), "text_layers": 1})
+    for tokenizer in (models.text_encoder(chosen)[1], models.read_tokenizer(copied, trust_remote_code=False)):
+        assert type(tokenizer) is BertTokenizer
+        assert tokenizer("a red dog").input_ids == BertTokenizer.from_pretrained(bert)("a red dog").input_ids
+    assert not (tmp_path / "ran").exists()

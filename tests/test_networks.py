@@ -154,6 +154,19 @@ def test_what_decides_the_output_decides_the_identity(detector, grid, weights, c
     assert networks.Clip(str(moved)).identity == clips[0].identity
 
 
+def test_in_bfloat16_as_on_a_gpu_the_features_are_nearly_the_same(detector, grid, clips, monkeypatch):
+    patches = networks.Patches(clips[0].name)
+    for network, name in ((detector, "regions"), (grid, "regions"), (patches, "regions"), (clips[0], "clip")):
+        prepared = batch(network, pictures(*SIZES))
+        exact = network.look(prepared)[name]
+        with monkeypatch.context() as patch:
+            patch.setattr(networks, "in_bfloat16", lambda device: torch.autocast(device.type, torch.bfloat16))
+            rounded = network.look(prepared)[name]
+        assert rounded.dtype == np.float32 and np.isfinite(rounded).all() and (rounded != exact).any()
+        if network is not detector:  # it may choose other boxes
+            assert np.allclose(rounded, exact, atol=0.02 * abs(exact).max()), name
+
+
 def test_weights_that_are_not_to_be_had_are_told_at_length(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 

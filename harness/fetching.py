@@ -1,0 +1,58 @@
+"""Where the data of a run lives, and bringing what is missing of a published dataset.
+
+Nothing here imports torch, so that without a network the message comes at once.
+"""
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from harness import settings as settings_
+from harness.settings import Settings
+from sources import fetch, layouts, scan_features
+from sources.files import BadInput
+
+
+def first_look(given: dict, options: Namespace) -> int:
+    """Raises BadInput if pictures or captions are missing and no address that has them can be reached. Returns 0."""
+    settings = settings_.make(given)
+    if settings.run.dataset in fetch.SOURCES and not options.resume and not options.print_settings:
+        root, features = data_root(settings), layouts.has_features(settings.run.dataset, data_root(settings))
+        if are_wanted(settings, root, features):
+            fetch.check_network(settings.run.dataset, root)
+    return 0
+
+
+def find_data(settings: Settings, check: bool, quiet: bool) -> None:
+    """Decide where the data lives, by default in data/<dataset>, and fetch what is missing of a published dataset.
+
+    What the folder has is used as it is; check=True fetches and checks pictures and captions there in any case. Raises
+    BadInput if the dataset is not one that can be fetched, or if fetching fails.
+    """
+    dataset = settings.run.dataset
+    if dataset not in fetch.SOURCES:
+        if check:
+            raise BadInput(f"--fetch-only: --dataset {dataset} is not fetched from anywhere")
+        return
+    root = data_root(settings)
+    settings.run.data_root = str(root)
+    regions, features = settings.pictures.regions, layouts.has_features(dataset, root)
+    if regions == "files" and not features and dataset in scan_features.FOLDERS:
+        scan_features.fetch_scan_features(dataset, root, quiet)
+        features = True
+    wanted = are_wanted(settings, root, features)
+    if wanted and features and regions in ("auto", "files") and not quiet:
+        fetch.say("--guide clip looks at the pictures, which the features do not replace")
+    if wanted or check and regions != "files":
+        fetch.fetch(dataset, root, quiet=quiet)
+
+
+def data_root(settings: Settings) -> Path:
+    return Path(settings.run.data_root or Path("data", settings.run.dataset).absolute())
+
+
+def are_wanted(settings: Settings, root: Path, features: bool) -> bool:
+    """Whether a run needs pictures that are not there yet. features: whether the folder has files of features."""
+    regions = settings.pictures.regions
+    enough = regions == "files" or regions == "auto" and features
+    return (not enough or settings.enhancement.guide == "clip") and not fetch.finished(settings.run.dataset, root)

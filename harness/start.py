@@ -1,0 +1,22 @@
+"""What both programs do first, before the imports that take seconds. Nothing is imported here that is not needed."""
+import signal
+import sys
+
+
+def first_look(program: str) -> None:
+    """End the program here for --help, a mistake in a flag, and data that is neither here nor within reach.
+
+    From now on Ctrl-C ends it too, without a traceback out of an import, until `console.run_command` takes over.
+    program: "train" or "retrieve".
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from harness import flags
+
+    if program == "retrieve":
+        flags.parse_search()
+        return
+    given, options = flags.parse()
+    from harness import console, fetching
+
+    if code := console.run_command(lambda: fetching.first_look(given, options)):
+        sys.exit(code)
