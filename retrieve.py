@@ -6,14 +6,14 @@ query for captions, a caption is a query for images. Both stages are exact. docs
 """
 from __future__ import annotations
 
-import signal
+if __name__ == "__main__":  # --help, a mistake in a flag and Ctrl-C need not wait for the slow imports below
+    from harness import start
+    start.first_look("retrieve")
+
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-
-if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C ends the program without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F

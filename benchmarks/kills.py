@@ -1,8 +1,8 @@
 """Kill a training at random moments; resumed, it must end with the same weights and the same history.
 
-    python benchmarks/kills.py [--moments 20] [--seed 0]
+    python benchmarks/kills.py [--moments 20] [--seed 0] [--models tgdt user tgdt-user]
 
-For each of the three models a tiny run is trained once without a break. Then, for each moment, the same run is killed
+For each of the models a tiny run is trained once without a break. Then, for each moment, the same run is killed
 (kill -9, and every third time Ctrl-C) after a random time and resumed, again and again, until it is done. Checkpoints
 are written every 0.05 seconds within an epoch, so that kills fall into the writing of files as well. Prints a line a
 model; the exit code is 1 if any run ended differently.
@@ -25,8 +25,15 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
-CHILD = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import train; from harness import training; "
-         "training.SAVE_EVERY = 0.05; sys.exit(train.main(sys.argv[1:]))")
+CHILD = """
+import signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+from harness import training
+training.SAVE_EVERY = 0.05                                     # seconds, in place of ten minutes
+signal.signal(signal.SIGINT, signal.default_int_handler)       # which a job in the background would ignore
+sys.exit(train.main(sys.argv[1:]))
+"""
 
 
 def write_data(folder: Path) -> list[str]:
@@ -40,7 +47,7 @@ def write_data(folder: Path) -> list[str]:
     BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder / "bert")
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder / "bert")
+                         intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder / "bert")
     return ["--dataset", "flickr8k", "--data-root", str(folder), "--text-encoder", str(folder / "bert"),
             "--text-layers", "1", "--dim", "8", "--region-width", "8", "--feedforward", "16", "--batch-size", "4",
             "--captions-per-image", "1", "--epochs", "3", "--queue", "7", "--device", "cpu"]
@@ -69,12 +76,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20, help="runs that are killed, for each model (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
+    parser.add_argument("--models", nargs="+", default=["tgdt", "user", "tgdt-user"], help="default: all three")
     args = parser.parse_args()
     chance, wrong = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         flags = write_data(folder)
-        for model in ("tgdt", "user", "tgdt-user"):
+        for model in args.models:
             whole, kills, equal = folder / f"{model}-whole", 0, 0
             began = time.perf_counter()
             if start([*flags, "--model", model, "--out", str(whole)]).wait():

@@ -1,16 +1,16 @@
-"""What both command lines share: errors as one line, and folders that one program writes at a time."""
+"""What both command lines share: how a command ends."""
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 from sources.files import BadInput
 
 CLOSED = (errno.EPIPE, errno.EIO)  # the reader of our output, or the terminal, is gone
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -18,6 +18,17 @@ def run_command(command: Callable[[], int]) -> int:
 
     Codes: 2 for an error, 130 after Ctrl-C, 141 if nobody reads the output any more.
     """
+    if at_once := signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `start.first_look`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return code_of(command)
+    finally:
+        if at_once:  # also while Python clears up
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def code_of(command: Callable[[], int]) -> int:
+    """The exit code of a command, after the one line that an error gets."""
     try:
         return command()
     except BadInput as error:
@@ -49,27 +60,23 @@ def leave_quietly() -> int:
     return 141
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder`, and be the only program that writes into it. What is still empty at the end is removed again.
+class Interrupt:
+    """Notes Ctrl-C, SIGTERM or a closed terminal, so that the loop stops after the current step. A second one stops
+    at once."""
 
-    Raises BadInput if another program writes there, OSError if the folder cannot be made or written.
-    """
-    from filelock import FileLock, Timeout
+    def __init__(self):
+        self.seen = False
 
-    new = [part for part in (folder, *folder.parents) if not part.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BadInput(f"{folder}: another program is writing there; wait for it, or give another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
-        for part in new:
-            if not part.exists() or any(part.iterdir()):
-                break
-            part.rmdir()
+    def __enter__(self) -> Interrupt:
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {number: signal.signal(number, self.note) for number in heard}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -15,9 +15,18 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import data
-from sources.files import write_whole
+from sources.files import BadInput, check_folder, write_whole
 
 RIGHT, WRONG, QUIET = "#1a9850", "#d73027", "#888888"
+
+
+def check_place(path: Path) -> None:
+    """Raises BadInput if no figure can be saved there: its ending is unknown, or its folder cannot be written."""
+    if path.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise BadInput(f"--save {path}: expected a name that ends in .png, .jpg, .pdf or .svg")
+    if path.is_dir():
+        raise BadInput(f"--save {path}: a folder, expected the name of a picture")
+    check_folder(path.parent)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -45,6 +47,16 @@ class Parser(argparse.ArgumentParser):
         narrow = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=79)
         super().__init__(**{"allow_abbrev": False, "formatter_class": narrow} | options)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As in argparse, which calls this for every parser. Two kinds of arguments are refused that it would pass."""
+        args = sys.argv[1:] if args is None else args
+        for argument in args:
+            if any("\ud800" <= letter <= "\udfff" for letter in argument):  # bytes that are not UTF-8
+                self.error(f"argument {argument!r}: expected text in UTF-8")
+            if argument.startswith("--") and argument.endswith("=--"):  # it would make an empty list of it
+                self.error(f"argument {argument}: expected a value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print the message, suggest the flag that is nearest to an unknown one, and exit with code 2."""
         words, hint = message.split(), f"{self.prog} --help lists all flags"
@@ -65,10 +77,29 @@ def all_names(parser: argparse.ArgumentParser) -> list[str]:
     return names
 
 
+def not_empty(text: str) -> str:
+    """A flag's text that may not be empty, as in --out "$X" with an X that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("found nothing, expected a name")
+    return text
+
+
+def path(text: str) -> Path:
+    """A flag's file or folder."""
+    return Path(not_empty(text))
+
+
 def workers(text: str) -> int:
     """The value of --workers."""
     if not text.isdecimal() or int(text) > 256:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 256")
+    return int(text)
+
+
+def pieces(text: str) -> int:
+    """The value of --pieces."""
+    if not text.isdecimal() or not 1 <= int(text) <= 16_384:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 16,384")
     return int(text)
 
 
@@ -87,13 +118,16 @@ def parser(shown: settings.Settings) -> Parser:
             elif known.choices:
                 how = {"choices": known.choices}
             else:
-                how = {"type": known.type, "metavar": {int: "N", float: "X", str: "TEXT"}[known.type]}
+                how = {"type": not_empty if known.optional else known.type,
+                       "metavar": {int: "N", float: "X", str: "TEXT"}[known.type]}
             titled.add_argument(settings.flag(name), help=note, default=None, **how)
     other = out.add_argument_group("Everything else")
     other.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     other.add_argument("--workers", type=workers, metavar="N", default=0,
                        help="processes that read features (default 0) or decode pictures (default: one a core)")
-    other.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
+    other.add_argument("--pieces", type=pieces, metavar="N", default=1,
+                       help="encode a batch in N pieces, to save memory; only with --model tgdt (default 1)")
+    other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     other.add_argument("--fetch-only", action="store_true", help="fetch and check the dataset's files, and stop")
     other.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
@@ -137,6 +171,11 @@ def lengths(text: str) -> list[int]:
     return sorted(set(values))
 
 
+def place(text: str) -> Path | str:
+    """The folder of a run or an index, or the address of an index in Qdrant."""
+    return text if text.startswith(("qdrant:", "qdrants:")) else path(text)
+
+
 def search_parser() -> Parser:
     """The parser of `retrieve.py`: evaluate, index, search."""
     out = Parser(prog="retrieve.py", description=ABOUT_SEARCH)
@@ -144,23 +183,26 @@ def search_parser() -> Parser:
     shared = Parser(add_help=False)
     shared.add_argument("--split", choices=("train", "val", "test"),
                         help="which split (default test, val where there is none)")
-    shared.add_argument("--data-root", type=Path, metavar="DIR", help="the data, if no longer where it was trained on")
+    shared.add_argument("--data-root", type=path, metavar="DIR", help="the data, if no longer where it was trained on")
     shared.add_argument("--region-weights", metavar="FILE", help="likewise the weights of the network for regions")
     shared.add_argument("--clip-model", metavar="FOLDER", help="likewise the CLIP")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
                               description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
-    one.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
+    one.add_argument("run", type=place, metavar="RUN", help="a run folder that train.py wrote, or an index in Qdrant")
+    one.add_argument("--from-run", type=path, metavar="RUN", help="that index's run, if no longer where it was")
     one.add_argument("--dtype", choices=DTYPES, default="float32",
                      help="how tokens are stored while searching (default float32)")
     one.add_argument("--shortlist", type=lengths, metavar="K,K,...",
                      help="two-stage recall and time for these lengths of the shortlist, drawn as a picture")
-    one.add_argument("--save", type=Path, metavar="PICTURE.png", help="that picture (default RUN/shortlist.png)")
+    one.add_argument("--save", type=path, metavar="PICTURE.png", help="that picture (default RUN/shortlist.png)")
     two = commands.add_parser("index", parents=[shared], help="encode a split once, to be searched again and again",
                               description="Write an index: all pictures and captions of a split, encoded.")
-    two.add_argument("run", type=Path, metavar="RUN", help="a run folder that train.py wrote")
-    two.add_argument("--out", type=Path, metavar="INDEX", required=True, help="the index, a folder")
-    two.add_argument("--images", type=Path, metavar="FOLDER",
+    two.add_argument("run", type=path, metavar="RUN", help="a run folder that train.py wrote")
+    two.add_argument("--out", type=place, metavar="INDEX", required=True,
+                     help="the index: a folder; or qdrant://HOST:PORT/NAME or qdrant:FOLDER, see docs/served.md")
+    two.add_argument("--approximate", action="store_true", help="let Qdrant find shortlists by HNSW, print its recall")
+    two.add_argument("--images", type=path, metavar="FOLDER",
                      help="index the pictures in this folder instead of a split; wants a run trained on pictures")
     two.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
     two.add_argument("--workers", type=workers, metavar="N", default=0,
@@ -169,16 +211,28 @@ def search_parser() -> Parser:
                      help="how tokens are stored (default float16)")
     three = commands.add_parser("search", parents=[shared], help="find pictures by a caption, or captions by a picture",
                                 description="Search a split or an index with your own words, or with a picture.")
-    three.add_argument("run", type=Path, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
+    three.add_argument("run", type=place, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
     query = three.add_mutually_exclusive_group(required=True)
     query.add_argument("caption", nargs="?", help="a caption to find pictures for")
-    query.add_argument("--queries", type=Path, metavar="FILE",
+    query.add_argument("--queries", type=path, metavar="FILE",
                        help="a file of captions, one a line; - reads standard input")
     query.add_argument("--image", metavar="FILE",
                        help="a picture to find captions for: one of the split's, by name or row; or, for a run that "
                        "was trained on pictures or on scenes, any file")
     three.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
     three.add_argument("--json", action="store_true", help="a line of JSON a query, for programs")
-    three.add_argument("--save", type=Path, metavar="PICTURE.png", help="draw what was found")
-    three.add_argument("--from-run", type=Path, metavar="RUN", help="the index's run, if no longer where it was")
+    three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found")
+    three.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
     return out
+
+
+def parse_search(argv: list[str] | None = None) -> argparse.Namespace:
+    return search_parser().parse_args(argv)
+
+
+def run_search(argv: list[str] | None = None) -> int:
+    """The command of `retrieve.py`. Returns its exit code."""
+    options = parse_search(argv)
+    from harness import search  # after the flags, so that --help need not wait for it
+
+    return search.run(options)

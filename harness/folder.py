@@ -12,16 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import data
 from harness import models
 from harness import settings as settings_
 from harness.settings import Settings
-from sources.files import BadInput, read_weights
+from sources.files import BadInput, explained, read_weights
 
 # What every checkpoint of ours holds.
-CHECKPOINT = {"settings", "feature_dim", "seen", "bert", "train_data", "model", "epoch"}
+CHECKPOINT = {"settings": dict, "feature_dim": int, "seen": dict, "bert": dict, "train_data": str, "model": dict,
+              "epoch": int}
 
 
 class Opened(NamedTuple):
@@ -35,7 +36,7 @@ class Opened(NamedTuple):
 
 def best_checkpoint(folder: Path) -> Path:
     """best.pt, or checkpoint.pt if no epoch has ended yet."""
-    return folder / "best.pt" if (folder / "best.pt").is_file() else folder / "checkpoint.pt"
+    return folder / "best.pt" if (folder / "best.pt").exists() else folder / "checkpoint.pt"
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -43,7 +44,8 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise BadInput(f"{path}: no such checkpoint")
     checkpoint = read_weights(path, "a checkpoint of this program")
-    if not isinstance(checkpoint, dict) or not CHECKPOINT <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items()):
         raise BadInput(f"{path}: not a checkpoint of this program, which has {', '.join(sorted(CHECKPOINT))}")
     return checkpoint
 
@@ -95,16 +97,16 @@ def open_run(folder: Path) -> Opened:
     """
     settings, path = read_settings(folder), best_checkpoint(folder)
     checkpoint = read_checkpoint(path)
-    check_settings(path, checkpoint, settings)
-    bert = BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False)
-    clip_dim = (checkpoint["seen"]["clip"] or {}).get("dim", 0)
-    model = models.build(settings, bert, checkpoint["feature_dim"], clip_dim)
-    try:
+    if path.name == "checkpoint.pt" and checkpoint["epoch"] > 0:
+        raise BadInput(f"{folder / 'best.pt'}: missing, though {checkpoint['epoch']} epochs have ended")
+    with explained(path, f"a checkpoint that fits {folder / 'settings.json'}"):
+        check_settings(path, checkpoint, settings)
+        bert = BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False)
+        clip_dim = (checkpoint["seen"]["clip"] or {}).get("dim", 0)
+        model = models.build(settings, bert, checkpoint["feature_dim"], clip_dim)
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise BadInput(f"{path}: its weights do not fit {folder / 'settings.json'}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+        tokenizer = models.read_tokenizer(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / 'tokenizer'}: the tokenizer cannot be read") from error
     return Opened(settings, checkpoint, model.eval(), tokenizer)

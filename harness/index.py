@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness import console
 from retrieve import Embeddings
-from sources.files import BadInput, append, read_json, write_json
+from sources.files import BadInput, append, check_folder, explained, locked, read_json, write_json
 
 BLOCK = 1024  # items encoded and written together
 CHECKED = 2**28  # bytes of an array whose checksum is compared whenever the index is opened
@@ -52,6 +51,12 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_of(manifest: dict) -> list[str]:
+    """The files whose checksums an index keeps."""
+    parts = PARTS if manifest["tokens"] else ("globals",)
+    return ["names.json", *(f"{kind}.{part}" for kind in KINDS for part in parts)]
+
+
 # ------------------------------------------------------------------------------------------------------- writing
 
 
@@ -62,20 +67,27 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Encode, nam
     number of items of each kind. encode(kind, items [n]) -> their embeddings. Raises BadInput if `out` is there and is
     no index, or if another program is writing it.
     """
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise BadInput(f"{out}: there already, and no index (it has no manifest.json): give another --out")
+    out = place_of(out)
     growing = out.with_name(f".{out.name}.index-in-progress")
-    with console.locked(growing):
+    with locked(growing):
         progress = read_progress(growing, identity)
         for kind in KINDS:
             write_side(growing, kind, counts[kind], progress, encode)
-        arrays = [growing / f"{kind}.{part}" for kind in KINDS for part in PARTS]
-        checksums = {path.name: checksum(path) for path in arrays if path.is_file()}
-        manifest = identity | {"counts": counts, "checksums": checksums}
         write_json(growing / "names.json", names)
+        checksums = {name: checksum(growing / name) for name in files_of(identity)}
+        manifest = identity | {"counts": counts, "checksums": checksums}
         write_json(growing / "manifest.json", manifest)
         replace(growing, out)
     return manifest
+
+
+def place_of(out: Path) -> Path:
+    """Where `out` leads to. Raises BadInput if something else is there, or the folder around it cannot be written."""
+    place = Path(os.path.realpath(out))
+    if os.path.lexists(place) and not (place / "manifest.json").is_file():
+        raise BadInput(f"{out}: there already, and no index (it has no manifest.json): give another --out")
+    check_folder(place.parent)
+    return place
 
 
 def replace(growing: Path, out: Path) -> None:
@@ -149,21 +161,27 @@ def load(folder: Path) -> Index:
     Raises BadInput if a part is missing or damaged. Arrays up to CHECKED bytes are compared with their checksums. Of
     larger ones only the size is checked, since reading them would take longer than the search.
     """
-    manifest, names = read_json(folder / "manifest.json"), read_json(folder / "names.json")
-    wanted = {"checkpoint", "run", "split", "dtype", "dim", "tokens", "counts", "checksums"}
-    if not isinstance(manifest, dict) or not wanted <= manifest.keys() or manifest["dtype"] not in DTYPES:
-        raise BadInput(f"{folder / 'manifest.json'}: not the manifest of an index: make the index anew")
-    if not isinstance(names, dict):
-        raise BadInput(f"{folder / 'names.json'}: not the names of an index: make the index anew")
-    for kind, what in (("image", "images"), ("text", "captions")):
-        if len(names.get(what, ())) != manifest["counts"][kind]:
-            raise BadInput(f"{folder / 'names.json'}: {len(names.get(what, ()))} {what}, expected "
-                           f"{manifest['counts'][kind]}: make the index anew")
+    manifest = read_manifest(folder / "manifest.json")
     images, texts = (open_side(folder, kind, manifest) for kind in KINDS)
-    for name, wanted_sum in manifest["checksums"].items():
-        if (folder / name).stat().st_size <= CHECKED and checksum(folder / name) != wanted_sum:
-            raise BadInput(f"{folder / name}: changed since the index was made: make the index anew")
-    return Index(manifest, images, texts, names, Path(manifest["run"]))
+    for name in files_of(manifest):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size <= CHECKED and checksum(path) != manifest["checksums"][name]:
+            raise BadInput(f"{path}: missing, or changed since the index was made: make the index anew")
+    return Index(manifest, images, texts, read_json(folder / "names.json"), Path(manifest["run"]))
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of an index. Raises BadInput if it is another file, or is damaged."""
+    shape = {"checkpoint": str, "run": str, "split": str, "dtype": str, "dim": int, "tokens": bool}
+    manifest = read_json(path)
+    with explained(path, "the manifest of an index: make the index anew"):
+        counts, sums = manifest["counts"], manifest["checksums"]
+        right = all(type(manifest[name]) is kind for name, kind in shape.items()) and manifest["dtype"] in DTYPES
+        if not right or not all(type(counts[kind]) is int and counts[kind] >= 0 for kind in KINDS):
+            raise ValueError("a value of the wrong kind")
+        if sums.keys() != set(files_of(manifest)):
+            raise ValueError("other files are listed")
+    return manifest
 
 
 def open_side(folder: Path, kind: str, manifest: dict) -> Embeddings:

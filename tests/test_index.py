@@ -195,12 +195,12 @@ def test_arrays_that_were_swapped_or_overwritten_are_noticed(sides, tmp_path):
     content = bytearray((out / "image.tokens").read_bytes())
     content[3] ^= 1
     (out / "image.tokens").write_bytes(content)
-    with pytest.raises(BadInput, match="image.tokens: changed since"):
+    with pytest.raises(BadInput, match="image.tokens: missing, or changed since"):
         index.load(out)
     build(out, sides)
     names = json.loads((out / "names.json").read_text())
     (out / "names.json").write_text(json.dumps(names | {"images": ["a"]}))
-    with pytest.raises(BadInput, match="names.json: 1 images, expected 5"):
+    with pytest.raises(BadInput, match="names.json: missing, or changed"):
         index.load(out)
 
 
@@ -223,3 +223,27 @@ def test_garbage_in_the_folder_is_named(sides, tmp_path, name, garbage):
     (tmp_path / "index" / name).write_text(garbage)
     with pytest.raises(BadInput, match=name):
         index.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("change", [{"counts": {}}, {"counts": {"image": -1, "text": 9}}, {"run": 3}, {"dim": "8"},
+                                    {"counts": {"image": 5.0, "text": 9}}, {"dtype": "int8"}, {"dtype": []},
+                                    {"tokens": 1}, {"checksums": []}, {"checksums": {}}, {"checksums": {"../a": ""}}],
+                         ids=str)
+def test_a_manifest_of_another_shape_is_told(sides, tmp_path, change):
+    build(tmp_path / "index", sides)
+    path = tmp_path / "index" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadInput, match="manifest.json.*make the index anew"):
+        index.load(tmp_path / "index")
+
+
+def test_an_index_is_written_where_a_link_leads_to(sides, tmp_path):
+    """A link may point to a larger disk, also to a folder that is not there yet."""
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    for _ in range(2):
+        build(tmp_path / "link", sides)
+        assert (tmp_path / "link").is_symlink() and index.load(tmp_path / "large").manifest["dim"] == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "link"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(BadInput, match="loop"):
+        build(tmp_path / "loop", sides)

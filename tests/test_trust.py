@@ -3,19 +3,24 @@ pipe. Each ends in one line."""
 import errno
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 import losses
 import retrieve
 import train
-from harness import folder, pictures, training
+from harness import console, fetching, folder, pictures, report, search, training
 from sources import files
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +114,29 @@ def test_settings_that_were_edited_and_a_checkpoint_of_another_model_are_noticed
     refused(train.main, resume(run), capsys, "checkpoint.pt", "--model user")
 
 
+def test_a_run_without_its_best_weights_is_not_searched_with_others(run, capsys):
+    (run / "best.pt").unlink()
+    for command in (["evaluate"], ["search", "a dog"], ["index", "--out", str(run) + "-index"]):
+        refused(retrieve.main, [command[0], str(run), *command[1:]], capsys, "best.pt: missing, though 1 epochs")
+    (run / "best.pt").mkdir()
+    refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt: no such checkpoint")
+    (run / "best.pt").rmdir()
+    assert train.main(resume(run, "--epochs", "2")) == 0 and (run / "best.pt").is_file()
+
+
+@pytest.mark.parametrize("change", [{"seen": 3}, {"seen": {}}, {"bert": 3}, {"bert": {"hidden_size": "x"}},
+                                    {"model": {}}, {"settings": {"run": 3}}, {"epoch": "1"}, {"feature_dim": 7},
+                                    {"feature_dim": 1.5}], ids=str)
+def test_a_checkpoint_of_another_shape_is_told(run, change, capsys):
+    state = torch.load(run / "best.pt", weights_only=True)
+    torch.save(state | change, run / "best.pt")
+    refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt")
+
+
+def test_a_bert_that_reads_less_than_the_longest_caption_is_told(flags, capsys):
+    refused(train.main, [*flags, "--longest", "65"], capsys, "--longest 65", "64 word pieces at most")
+
+
 def test_features_that_have_changed_are_noticed_and_moved_ones_are_welcome(run, root, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(root, moved)
@@ -119,12 +147,95 @@ def test_features_that_have_changed_are_noticed_and_moved_ones_are_welcome(run, 
     refused(train.main, resume(run), capsys, "other captions or features")
 
 
-@pytest.mark.parametrize("where", ["file", "file/run"])
-def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(flags, tmp_path, capsys, monkeypatch, where):
+@pytest.fixture(params=["file", "file/below", "read-only"])
+def closed(request, tmp_path) -> Path:
+    """A folder that cannot be made or written: a file is in its way, or the file system is read-only."""
+    if request.param == "read-only":
+        return Path("/proc/nothing-can-be-written-here") if Path("/proc/self").exists() else pytest.skip("no /proc")
     (tmp_path / "file").write_text("mine")
+    return tmp_path / request.param
+
+
+@pytest.mark.parametrize("flag", ["--out", "--cache"])
+def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(flags, closed, flag, tmp_path, capsys,
+                                                                        monkeypatch):
     monkeypatch.setattr(training.data, "load", lambda *arguments, **options: pytest.fail("the data was loaded"))
-    refused(train.main, [*flags[:-1], str(tmp_path / where)], capsys, "file")
-    assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.setattr(fetching, "find_data", lambda *arguments: pytest.fail("the data was fetched"))
+    refused(train.main, [*flags, flag, str(closed)], capsys, str(closed), "expected a folder that can be written")
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "file").exists() or (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [["search", "a dog", "--save", "a.png"], ["index", "--out", "index"],
+                                     ["evaluate", "--shortlist", "2", "--save", "a.png"]], ids=lambda words: words[0])
+def test_a_file_that_cannot_be_written_is_said_before_the_run_is_opened(closed, command, capsys, monkeypatch):
+    monkeypatch.setattr(folder, "open_run", lambda where: pytest.fail("the run was opened"))
+    first, *rest, last = command
+    refused(retrieve.main, [first, "run", *rest, str(closed / last)], capsys, str(closed))
+
+
+@contextmanager
+def file_system(at: Path, options: str) -> Iterator[None]:
+    """Mount a file system in memory at a folder. Skips the test where only root may do so."""
+    at.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(at)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def test_a_run_in_a_read_only_folder_is_searched(run, tmp_path, capsys):
+    still = tmp_path / "still"
+    with file_system(still, "size=9m"):
+        shutil.copytree(run, still / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(still)], check=True)
+        for command in (["evaluate"], ["search", "a red dog"], ["search", "--image", "0"],
+                        ["index", "--out", str(tmp_path / "index")]):
+            assert retrieve.main([command[0], str(still / "run"), *command[1:]]) == 0
+        refused(retrieve.main, ["evaluate", str(still / "run"), "--shortlist", "2"], capsys, "Read-only file system")
+        refused(train.main, resume(still / "run"), capsys, "Read-only file system")
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Fill a disk up to the last `leave` bytes."""
+    free = os.statvfs(disk)
+    (disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+
+
+@pytest.mark.parametrize("leave", [0, 8_000, 32_000, 100_000, 200_000])
+def test_a_disk_that_fills_while_training(flags, tmp_path, capsys, leave):
+    """Settings, tokenizer, best.pt and checkpoint.pt are the first that have no room, one after the other."""
+    disk, quick = tmp_path / "disk", ["--epochs", "1", "--quiet"]
+    with file_system(disk, "size=8m"):
+        fill(disk, leave)
+        refused(train.main, [*flags, *quick, "--out", str(disk / "run")], capsys, str(disk / "run"), "No space left")
+        assert not [path for path in disk.rglob("*") if "partial" in path.name or path.name == ".lock"]
+        (disk / "ballast").unlink()
+        if not (disk / "run" / "best.pt").exists():  # the same command, or --resume, goes on where there is room
+            again = ["--resume"] if (disk / "run").exists() else []
+            assert train.main([*flags, *quick, "--out", str(disk / "run"), *again]) == 0
+
+
+@pytest.mark.parametrize("leave", [0, 4_000, 32_000])
+def test_a_disk_that_fills_keeps_what_was_there(run, tmp_path, capsys, leave):
+    disk = tmp_path / "disk"
+    with file_system(disk, "size=8m"):
+        shutil.copytree(run, disk / "run")
+        assert retrieve.main(["index", str(run), "--out", str(disk / "index"), "--dtype", "float32"]) == 0
+        (disk / "found.png").write_text("mine")
+        kept = [path for path in disk.rglob("*") if path.is_file() and path.name != "settings.json"]
+        before = {path: path.read_bytes() for path in kept}
+        fill(disk, leave)
+        refused(train.main, resume(disk / "run", "--epochs", "2", "--quiet"), capsys, str(disk), "No space left")
+        if leave < 8_000:
+            refused(retrieve.main, ["index", str(run), "--out", str(disk / "index")], capsys, "No space left")
+        assert before == {path: path.read_bytes() for path in kept}
+        (disk / "ballast").unlink()
+        assert train.main(resume(disk / "run", "--epochs", "2", "--quiet")) == 0
+        assert retrieve.main(["index", str(run), "--out", str(disk / "index")]) == 0
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, capsys, monkeypatch):
@@ -138,6 +249,82 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(run, capsys, monkeypat
     monkeypatch.undo()
     assert before == {name: (run / name).read_bytes() for name in before}
     assert train.main(resume(run, "--epochs", "2")) == 0
+
+
+# ------------------------------------------------------------------------------------------------- Ctrl-C, and help
+
+ALARM = """
+import os, runpy, signal, sys, threading
+threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGINT)).start()
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("moment", ["0.1", "0.4", "0.8", "1.6"])
+@pytest.mark.parametrize("command", [["train.py", "--out"], ["retrieve.py", "evaluate"]], ids=lambda words: words[0])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, moment, tmp_path):
+    """A shell reports both codes as 130. What is left of the time is the run's, so the moments fall into it as well."""
+    said = subprocess.run([sys.executable, "-c", ALARM, moment, *command, str(tmp_path / "run")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert said.returncode in (-signal.SIGINT, 130) or "no run here" in said.stderr
+    assert "Traceback" not in said.stderr and "KeyboardInterrupt" not in said.stderr
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["index", "--out", "index"], ["search", "a dog"]],
+                         ids=lambda words: words[0])
+def test_ctrl_c_in_a_search_ends_quietly_and_the_next_one_works(run, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encode = retrieve.encode
+
+    def interrupted(model, batches, kind, *rest):
+        if kind == "text":
+            signal.raise_signal(signal.SIGINT)
+        return encode(model, batches, kind, *rest)
+
+    for module in (report.retrieve, search):
+        monkeypatch.setattr(module, "encode", interrupted)
+    capsys.readouterr()
+    assert retrieve.main([command[0], str(run), *command[1:]]) == 130
+    assert capsys.readouterr().out == "" and not (tmp_path / "index").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert retrieve.main([command[0], str(run), *command[1:]]) == 0
+    assert not list(tmp_path.glob(".*"))  # no lock and nothing half done is left
+
+
+def test_ctrl_c_is_heard_again_when_the_command_begins():
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert console.run_command(lambda: signal.raise_signal(signal.SIGINT) or 0) == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_nohup_ignores_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training.Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.seen
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.seen
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("words", ["train.py", "retrieve.py", "retrieve.py evaluate", "retrieve.py index",
+                                   "retrieve.py search"])
+def test_help_comes_within_three_seconds_and_fits_80_columns(words):
+    """Seconds of the processor, so that a busy machine makes no difference."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", *words.split(), "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert said.returncode == 0 and "usage: " in said.stdout and "torch" not in said.stderr
+    assert max(map(len, said.stdout.splitlines())) <= 80
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
 def test_a_run_can_be_quiet(flags, capsys):
