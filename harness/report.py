@@ -1,6 +1,7 @@
 """The report of a run: a split measured, the table, metrics.json, and the pictures of the run folder."""
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +100,17 @@ def alignment(images: Embeddings, texts: Embeddings, image_of: Sequence[int], tr
     return {"aligned": 100 * float(np.mean(hits)), "chance": 100 * float(np.mean(chance)), "words": len(hits)}
 
 
+@torch.inference_mode()
+def pooling(model: nn.Module, split: data.Split, words: list[np.ndarray]) -> dict[str, list[float]]:
+    """The weights that GPO gives to the sorted places of the first image, and of a caption of middle length."""
+    device = next(model.parameters()).device
+    lengths = {"image": int(split.features.read([0])[2].sum()), "text": sorted(map(len, words))[len(words) // 2]}
+    pools = {"image": model.image_pool, "text": model.text_pool}
+    weights = {side: pools[side].pooling_weights(torch.tensor([length], device=device), length)[0]
+               for side, length in lengths.items()}
+    return {side: [round(value, 4) for value in found.tolist()] for side, found in weights.items()}
+
+
 def lies_on(boxes: np.ndarray, objects: np.ndarray) -> np.ndarray:
     """Which of boxes [R, 4] lie on which of objects [O, 4], [R, O] bool: IoU at least 0.3, or the centre inside."""
     centre = ((boxes[:, :2] + boxes[:, 2:]) / 2)[:, None]
@@ -129,6 +141,19 @@ def table(result: dict) -> str:
         lines.append(f"alignment: {found['aligned']:.1f} % of {found['words']} words that name an object look at it "
                      f"(chance {found['chance']:.1f} %)")
     return "\n".join(lines)
+
+
+def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool = False) -> None:
+    """A line of JSON, or a table: the score and what it is made of."""
+    if as_json:
+        print(json.dumps({"query": query, "found": found}, ensure_ascii=False), flush=True)
+        return
+    if titled:
+        print(f"\n{query}")
+    print(f"  #{'score':>9}{'global':>9}{'local':>9}" if fine else f"  #{'score':>9}")
+    for place, item in enumerate(found, 1):
+        parts = f"{item['global']:9.3f}{item['local']:9.3f}" if fine else ""
+        print(f"{place:3d}{item['score']:9.3f}{parts}  {item['name']}")
 
 
 # ------------------------------------------------------------------------------------------- the end of a run

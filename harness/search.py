@@ -10,7 +10,6 @@ The concepts are in `retrieve.py`, the index is in `harness/index.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from harness import console, engines, figures, index, models, pictures, report
+from harness import console, engines, figures, index, models, pictures, push, qdrant, report, served
 from harness import folder as folders
 from harness import settings as settings_
 from harness.settings import Settings
 from retrieve import Embeddings, encode, search
 from sources import layouts, photos
-from sources.files import BadInput
+from sources.files import BadInput, explained
 from sources.store import facts
 
 QUERIES = 256  # captions of a file searched together
@@ -93,7 +92,21 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    check_picture_name(args.save)
+    if qdrant.is_address(args.run):
+        if args.shortlist or args.save:
+            raise BadInput(f"{args.run}: --shortlist and --save need a run")
+        opened = open_index(args)
+        if opened.manifest["split"] == "images":
+            raise BadInput(f"{args.run} is an index of pictures without captions: it has no recall")
+        run = open_run(opened.folder, args, opened.manifest["split"])
+        options = report.search_options(run.settings)
+        print(report.table(served.evaluate(opened, run.side, run.split.image_of, **options)))
+        return
+    path = args.save or args.run / "shortlist.png"
+    if args.save or args.shortlist:
+        figures.check_place(path)
+    if args.save and not args.shortlist:
+        raise BadInput("--save keeps the picture that --shortlist draws: give both")
     run = open_run(args.run, args, args.split)
     if args.shortlist and run.settings.run.model == "user":
         raise BadInput(f"--shortlist: {args.run} has no fine tokens to re-rank by")
@@ -107,7 +120,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
         for line in lines:
             print(f"{line['k']:5d}{line['i2t']['r1']:10.1f}{line['t2i']['r1']:10.1f}{line['rsum']:10.1f}"
                   f"{line['seconds']:10.2f}")
-        path = args.save or args.run / "shortlist.png"
         figures.shortlists(lines, result, path)
         print(f"picture: {path}")
 
@@ -116,9 +128,19 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_index(args: argparse.Namespace) -> None:
+    address = qdrant.is_address(args.out)
+    if args.approximate and not address:
+        raise BadInput("--approximate is for an index in Qdrant: --out qdrant://HOST:PORT/NAME")
+    if not address:
+        index.place_of(args.out)  # before the data is loaded
     if args.images:
+        if args.split:
+            raise BadInput("--images FOLDER has no splits: give it without --split")
         run = open_run(args.run, args, None, with_data=False)
-        run.split, run.words = own_pictures(run, args), []
+        cache = args.run / "pushed.cache" if address else args.out.with_name(args.out.name + ".cache")
+        settings = settings_.from_flat(settings_.flat(run.settings) | {
+            "data_root": str(args.images), "skip_bad": args.skip_bad, "cache": str(cache)})
+        run.split, run.words = pictures.of_folder(settings, args.run, run.device, args.workers, run.seen), []
     else:
         run = open_run(args.run, args, args.split)
     split, settings = run.split, run.settings
@@ -139,29 +161,13 @@ def run_index(args: argparse.Namespace) -> None:
 
     names = {"images": split.image_names, "captions": split.captions, "image_of": split.image_of.tolist()}
     counts = {"image": len(split.features), "text": len(split.captions)}
-    index.build(args.out, identity, counts, encode_items, names)
-    size = sum(file.stat().st_size for file in args.out.iterdir())
-    print(f"index of {counts['image']} images and {counts['text']} captions, {size / 1e6:.1f} MB: {args.out}")
-
-
-def own_pictures(run: Searched, args: argparse.Namespace) -> data.Split:
-    """A split of all pictures in a folder, without captions, with regions like those that the run has seen.
-
-    Raises BadInput if these came from files, since then it is not known what computed them.
-    """
-    if run.seen["regions"]["kind"] == "files":
-        raise BadInput(f"{args.run} was trained on feature files, and what computed them is not known: --images needs "
-                       "a run that was trained on pictures, by --regions detector, grid or clip")
-    if args.split:
-        raise BadInput("--images FOLDER has no splits: give it without --split")
-    found = photos.listed(args.images)
-    names = [picture.relative_to(args.images).as_posix() for picture in found]
-    split = data.Split("images", [], np.zeros(0, np.int64), None, names, found)
-    settings = settings_.from_flat(settings_.flat(run.settings) | {
-        "data_root": str(args.images), "skip_bad": args.skip_bad,
-        "cache": str(args.out.with_name(args.out.name + ".cache"))})
-    pictures.prepare({"images": split}, settings, args.run, run.device, args.workers, run.seen)
-    return split
+    if address:
+        lengths = {"image": settings.search.images_shortlist, "text": settings.search.captions_shortlist}
+        push.push(args.out, identity, counts, encode_items, names, lengths if args.approximate else None)
+    else:
+        index.build(args.out, identity, counts, encode_items, names)
+    size = "" if address else f", {sum(file.stat().st_size for file in args.out.iterdir()) / 1e6:.1f} MB"
+    print(f"index of {counts['image']} images and {counts['text']} captions{size}: {args.out}")
 
 
 # --------------------------------------------------------------------------------------------------------- search
@@ -169,16 +175,13 @@ def own_pictures(run: Searched, args: argparse.Namespace) -> data.Split:
 
 def run_search(args: argparse.Namespace) -> None:
     captions = check_search(args)
-    opened = open_index(args) if index.is_index(args.run) else None
+    opened = open_index(args) if qdrant.is_address(args.run) or index.is_index(args.run) else None
     no_captions = opened is not None and opened.manifest["split"] == "images"  # an index of a folder of pictures
     if no_captions and args.image is not None:
         raise BadInput(f"{args.run} is an index of pictures without captions: search it by a caption")
     needs_data = not no_captions and (opened is None or args.image is not None or args.save is not None)
     where, split = (opened.folder, opened.manifest["split"]) if opened else (args.run, args.split)
     run = open_run(where, args, split, needs_data)
-    if no_captions:
-        files = photos.find(Path(opened.manifest["data"]), [("", name) for name in opened.names["images"]])
-        run.split = data.Split("images", [], np.zeros(0, np.int64), None, opened.names["images"], files)
 
     wanted = "image" if args.image is None else "text"
     if opened:
@@ -186,23 +189,28 @@ def run_search(args: argparse.Namespace) -> None:
                          (opened.texts, opened.names["captions"]))
     else:
         corpus, names = run.side(wanted), run.split.image_names if wanted == "image" else run.split.captions
-    fine = corpus.tokens is not None
+    fine = run.settings.run.model != "user"
     if args.image is not None:
         batch, picture = picture_query(run, args.image)
         rows, found = answer(run, run.encode([batch], "image", 1), corpus, names, args.top)
-        show(args.image, found[0], args.json, fine)
+        report.show(args.image, found[0], args.json, fine)
     else:
         blocks = range(0, len(captions), QUERIES)
         for start in tqdm(blocks, desc="search", unit=f"{QUERIES} queries", disable=len(blocks) == 1):
             asked = captions[start : start + QUERIES]
             rows, found = answer(run, run.texts(asked), corpus, names, args.top)
             for caption, answers in zip(asked, found, strict=True):
-                show(caption, answers, args.json, fine, len(captions) > 1)
+                report.show(caption, answers, args.json, fine, len(captions) > 1)
     if args.save:
+        rows = rows[0].tolist()
+        if no_captions:  # a split of the pictures that were found
+            found = [names[row] for row in rows]
+            files = photos.find(Path(opened.manifest["data"]), [("", name) for name in found])
+            run.split, rows = data.Split("images", [], np.zeros(0, np.int64), None, found, files), range(len(rows))
         if args.image is None:
-            figures.found_images(run.split, captions[0], rows[0].tolist(), args.save)
+            figures.found_images(run.split, captions[0], rows, args.save)
         else:
-            figures.found_captions(picture, [names[row] for row in rows[0].tolist()], args.save)
+            figures.found_captions(picture, [names[row] for row in rows], args.save)
         print(f"picture: {args.save}", file=sys.stderr if args.json else sys.stdout)
 
 
@@ -210,11 +218,15 @@ def answer(run: Searched, query: Embeddings, corpus: Embeddings, names: list[str
            top: int) -> tuple[Tensor, list[list[dict]]]:
     """The rows found [q, top], and of each its name, its score, and the two parts of the score."""
     settings, weight = run.settings, run.settings.cmc.local_weight
-    query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the processor
     shortlist = settings.search.images_shortlist if corpus.kind == "image" else settings.search.captions_shortlist
-    rows, scores = search(query, corpus, max(shortlist, top), weight, settings.cmc.reduction, engines.local_of_pairs)
-    rows, scores = rows[:, :top].cpu(), scores[:, :top].cpu()
-    coarse = (query.globals[:, None] * corpus.globals[rows.to(query.globals.device)]).sum(2).cpu()
+    options = (max(shortlist, top), weight, settings.cmc.reduction)
+    if isinstance(corpus, served.Side):
+        rows, scores, coarse = (found[:, :top] for found in corpus.search(query, *options))
+    else:
+        query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the processor
+        rows, scores = (found[:, :top] for found in search(query, corpus, *options, engines.local_of_pairs))
+        coarse = (query.globals[:, None] * corpus.globals[rows]).sum(2)
+    rows, scores, coarse = rows.cpu(), scores.cpu(), coarse.cpu()
     fine = (scores - coarse) / weight if weight else torch.zeros_like(scores)
     lines = zip(rows.tolist(), scores.tolist(), coarse.tolist(), fine.tolist(), strict=True)
     return rows, [[{"name": names[row], "row": row, "score": score, "global": a, "local": b}
@@ -223,7 +235,7 @@ def answer(run: Searched, query: Embeddings, corpus: Embeddings, names: list[str
 
 def open_index(args: argparse.Namespace) -> index.Index:
     """The index that was asked for. Raises BadInput if its run is gone, or has been trained further since."""
-    opened = index.load(args.run)
+    opened = served.load(args.run) if qdrant.is_address(args.run) else index.load(args.run)
     opened.folder = args.from_run or opened.folder
     weights = folders.best_checkpoint(opened.folder)
     found = index.checksum(weights) if weights.is_file() else None
@@ -239,35 +251,18 @@ def check_search(args: argparse.Namespace) -> list[str]:
     """The captions asked for. Raises BadInput if the flags make no sense."""
     if args.top < 1:
         raise BadInput(f"--top {args.top}: expected at least 1")
-    check_picture_name(args.save)
+    if args.save:
+        figures.check_place(args.save)
     if args.queries:
         if args.save:
             raise BadInput("--save draws one query, --queries has many")
         if str(args.queries) != "-":
             return layouts.read_captions(args.queries)
-    captions = [line.strip() for line in sys.stdin if line.strip()] if args.queries else [args.caption]
+    with explained("standard input", "captions, one a line"):
+        captions = [line.strip() for line in sys.stdin if line.strip()] if args.queries else [args.caption]
     if not captions or args.image is None and not captions[0].strip():
         raise BadInput("the caption is empty")
     return captions
-
-
-def check_picture_name(path: Path | None) -> None:
-    """Raises BadInput if we cannot draw a picture of the kind that --save asks for."""
-    if path and path.suffix not in (".png", ".jpg", ".pdf", ".svg"):
-        raise BadInput(f"--save {path}: expected a name that ends in .png, .jpg, .pdf or .svg")
-
-
-def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool = False) -> None:
-    """A line of JSON, or a table: the score and what it is made of."""
-    if as_json:
-        print(json.dumps({"query": query, "found": found}, ensure_ascii=False), flush=True)
-        return
-    if titled:
-        print(f"\n{query}")
-    print(f"  #{'score':>9}{'global':>9}{'local':>9}" if fine else f"  #{'score':>9}")
-    for place, item in enumerate(found, 1):
-        parts = f"{item['global']:9.3f}{item['local']:9.3f}" if fine else ""
-        print(f"{place:3d}{item['score']:9.3f}{parts}  {item['name']}")
 
 
 def picture_query(run: Searched, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:
@@ -279,7 +274,7 @@ def picture_query(run: Searched, name: str) -> tuple[dict[str, Tensor], Image.Im
     for candidate in (name, Path(name).name):
         if row is None and candidate in split.image_names:
             row = split.image_names.index(candidate)
-    if name.isdecimal() and int(name) < len(split.image_names):
+    if name in map(str, range(len(split.image_names))):
         row = int(name)
     if row is None:
         if run.seen["regions"]["kind"] == "files" or not Path(name).is_file():
