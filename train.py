@@ -7,6 +7,7 @@ Read beside both papers' experiments, the details of training; docs/symbols.md l
     python train.py --dataset folder --data-root DIR            your own pictures and captions
     python train.py --model user                                USER; --model tgdt-user is both papers in one model
     python train.py --dataset coco --data-root DIR --preset paper --device cuda
+    torchrun --nproc-per-node 4 train.py FLAGS                  on four GPUs, see docs/gpus.md
 
 --preset small (the default) fits a laptop, and --preset paper has the released sizes and rates. `--help` lists every
 setting. A run leaves a folder with settings.json, checkpoint.pt (the last state), best.pt (the best by validation
@@ -15,12 +16,13 @@ there, on exactly the path that the uninterrupted run would have taken.
 """
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Mapping
+if __name__ == "__main__":  # --help, a mistake in a flag and Ctrl-C need not wait for the slow imports below
+    from harness import start
+    start.first_look("train")
 
-if __name__ == "__main__":  # while the imports below take their seconds, Ctrl-C ends the program without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import sys
+from collections.abc import Callable, Mapping
+from operator import call
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +34,25 @@ from user import MomentumContrast
 # ------------------------------------------------------------------------------------------------------ one step
 
 
-def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str) -> tuple[Encoded, Encoded]:
-    """The I images and B captions of a batch. The network runs in mixed precision, the losses always in float32."""
+def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str,
+           share: Callable = call) -> tuple[Encoded, Encoded]:
+    """The I images and B captions of a batch. The network runs in mixed precision, the losses always in float32.
+
+    share: calls the encoder with the batch. Another one lets several GPUs encode a part each, see harness/ranks.py.
+    """
     with torch.autocast(batch["regions"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        images, texts = model.encode_images(batch), model.encode_texts(batch)
+        images, texts = share(model.encode_images, batch), share(model.encode_texts, batch)
     return images.float(), texts.float()
 
 
 @torch.no_grad()
-def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], precision: str) -> losses.Keys:
+def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], precision: str,
+                  share: Callable = call) -> losses.Keys:
     """What the momentum encoders make of a batch, and the queues before it (USER, momentum contrast).
 
     Afterwards the new keys enter the queues: each image once, each caption once.
     """
-    images, texts = encode(momentum.encoder, batch, precision)
+    images, texts = encode(momentum.encoder, batch, precision, share)
     row, image_index = batch["image_row"], batch["image_index"]                                      # [B], [B]
     image_queue, text_queue = momentum.image_queue, momentum.text_queue
     keys = losses.Keys(images.globals[row], texts.globals, image_queue.keys, text_queue.keys,
@@ -56,20 +63,20 @@ def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], preci
 
 
 def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mapping[str, Tensor], settings,
-               precision: str = "float32", negatives: str = "hardest") -> Tensor:
-    """The loss of one batch: CMC (TGDT), UTO (USER), or both (the unified model). A scalar.
+               precision: str = "float32", negatives: str = "hardest", share: Callable = call) -> Tensor:
+    """The loss of one batch: CMC (TGDT), UTO (USER), or UTO and InfoNCE (the unified model). A scalar.
 
     batch: from `data.Pairs`. settings: `harness.settings.Settings`. negatives: "hardest", or "mean" in CMC's first
-    epochs. Also lets the momentum copy follow the model by one step.
+    epochs. share: see `encode`. Also lets the momentum copy follow the model by one step.
     """
     name, row, keys = settings.run.model, batch["image_row"], None
     if momentum is not None:
         momentum.update(model)
-    images, texts = encode(model, batch, precision)
+    images, texts = encode(model, batch, precision, share)
     if name == "tgdt":
         return losses.tgdt_loss(images, texts, row, negatives=negatives, **vars(settings.cmc), **vars(settings.infonce))
     if settings.momentum.queue:
-        keys = momentum_keys(momentum, batch, precision)
+        keys = momentum_keys(momentum, batch, precision, share)
     if name == "user":
         return losses.user_loss(images, texts, row, keys, **vars(settings.uto), **vars(settings.infonce))
     return losses.unified_loss(images, texts, row, keys, vars(settings.uto), settings.cmc.reduction,
@@ -118,7 +125,7 @@ def train(run, loss_of=batch_loss) -> bool:
     checkpoints, Ctrl-C and the progress bar. loss_of: the loss of a batch, for experiments with another one.
     """
     settings, model = run.settings, run.model
-    optimizer = make_optimizer(model, settings.training)
+    optimizer, loss_of = make_optimizer(model, settings.training), run.shared(loss_of)
     run.restore(optimizer)  # with --resume, the state of the last checkpoint
     while run.epoch < settings.training.epochs:
         model.train()
@@ -131,6 +138,7 @@ def train(run, loss_of=batch_loss) -> bool:
             loss = loss_of(model, run.momentum, batch, settings, run.precision, negatives)
             optimizer.zero_grad()
             loss.backward()
+            run.sum_gradients()  # over the GPUs, if there are several
             nn.utils.clip_grad_norm_(model.parameters(), settings.training.max_norm)
             optimizer.step()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -23,15 +22,15 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 import data
-from harness import console, figures, folder, logs, models, pictures, report
+from harness import console, fetching, figures, folder, logs, models, pictures, ranks, report, torchrun
 from harness import settings as settings_
+from harness.console import Interrupt
 from harness.settings import Settings
-from sources.files import BadInput, check_folder, locked, write_whole
+from sources.files import BadInput, check_folder, explained, locked, write_whole
 from user import MomentumContrast
 
 SAVE_EVERY = 600  # seconds between two checkpoints within an epoch
 LOOK_EVERY = 10   # steps between two looks at the loss
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -51,6 +50,7 @@ class Run:
     workers: int = 0
     last: dict | None = None   # the checkpoint to go on from
     quiet: bool = False        # no progress bar, no line an epoch
+    pieces: int = 1            # in which a batch is encoded, to save memory
     log: Callable[[dict], None] = lambda line: None  # see harness/logs.py
     epoch: int = 0
     step: int = 0              # within the epoch
@@ -80,7 +80,8 @@ class Run:
                 raise BadInput(f"{self.out / 'checkpoint.pt'}: not a checkpoint of this model ({error})") from error
             if self.device.type == "cuda" and "cuda_rng" in self.last:
                 torch.cuda.set_rng_state(self.last["cuda_rng"])
-            self.write_history()  # a kill may have come between the checkpoint and this file
+            if torchrun.number() == 0:
+                self.write_history()  # a kill may have come between the checkpoint and this file
         self.bar.update(self.epoch * self.steps_per_epoch + self.step)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
@@ -93,12 +94,21 @@ class Run:
                             num_workers=self.workers, pin_memory=self.device.type == "cuda",
                             generator=torch.Generator())
         for batch in loader:
+            ranks.reseed(self.settings.run.seed, self.epoch * self.steps_per_epoch + self.step)
             yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def plan(self, epoch: int) -> list[list[int]]:
         training = self.settings.training
         return data.epoch_batches(self.splits["train"].image_of, training.batch_size, training.captions_per_image,
                                   self.settings.run.seed, epoch)
+
+    def shared(self, loss_of: Callable) -> Callable:
+        """The loss of a batch that is encoded in shares, one a rank, and in pieces."""
+        share = partial(ranks.encode, pieces=self.pieces)
+        return partial(loss_of, share=share) if torchrun.count() * self.pieces > 1 else loss_of
+
+    def sum_gradients(self) -> None:
+        ranks.sum_gradients(self.model)
 
     def after_step(self, loss: Tensor, pairs: int) -> bool:
         """Watch the loss of a batch of `pairs`, save now and then. Returns False if the user asked to stop.
@@ -114,13 +124,16 @@ class Run:
                                f"diverged, try a smaller --lr. "
                                + (f"{kept} holds the last good state" if kept.is_file() else "Nothing was kept"))
             self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{self.losses[-1]:.3f}")
-        if self.interrupt.seen or time.perf_counter() - self.saved > SAVE_EVERY:
+        stop = torchrun.any_of(self.interrupt.seen)
+        if stop or time.perf_counter() - self.saved > SAVE_EVERY:
             self.save()
-        return not self.interrupt.seen
+        return not stop
 
     def finish_epoch(self) -> None:
-        """Evaluate on val; write a line of history, the curves, and the checkpoints."""
+        """Evaluate on val; write a line of history, the curves, and the checkpoints. Only rank 0 does."""
         self.epoch, self.step = self.epoch + 1, 0
+        if torchrun.number() > 0:
+            return self.losses.clear()
         val = self.evaluate(self.kept)
         final = report.final(val)
         line = {"epoch": self.epoch, "loss": sum(self.losses) / len(self.losses),
@@ -128,12 +141,14 @@ class Run:
                 "val": {name: val[name] for name in ("global", "two_stage") if name in val}}
         if self.kept is not self.model:  # to see what the average over the steps is worth
             line["val_model_rsum"] = report.final(self.evaluate(self.model))["rsum"]
+        if hasattr(self.kept, "image_pool"):
+            line["pooling"] = report.pooling(self.kept, self.splits["val"], self.words["val"])
         if self.settings.run.model == "tgdt":
             line["negatives"] = "mean" if self.epoch <= self.settings.training.easy_epochs else "hardest"
         self.history.append(line)
         self.losses = []
         best = final["rsum"] >= max(report.final(line["val"])["rsum"] for line in self.history)
-        if best:
+        if best or not (self.out / "best.pt").exists():
             state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch,
                                    "model": self.kept.state_dict()}
             write_whole(self.out / "best.pt", lambda file: torch.save(state, file))
@@ -165,7 +180,9 @@ class Run:
         return {name: part for name, part in parts.items() if part is not None}
 
     def save(self) -> None:
-        """Write checkpoint.pt: all that an exact resume needs."""
+        """Write checkpoint.pt: all that an exact resume needs. Only rank 0 does."""
+        if torchrun.number() > 0:
+            return
         state = self.inputs | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
         state |= {name: getattr(self, name) for name in ("epoch", "step", "losses", "history")}
         state |= {name: part.state_dict() for name, part in self.parts().items()}
@@ -175,34 +192,15 @@ class Run:
         self.saved = time.perf_counter()
 
 
-class Interrupt:
-    """Notes Ctrl-C, SIGTERM or a closed terminal, so that the loop stops after the current step. A second one stops
-    at once."""
-
-    def __init__(self):
-        self.seen = False
-
-    def __enter__(self) -> Interrupt:
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.before = {number: signal.signal(number, self.note) for number in heard}
-        return self
-
-    def note(self, number: int, frame: object) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0,
-           quiet: bool = False) -> Run:
-    """Load the data, the text encoder and the features, and build the model. Writes settings.json first.
+           quiet: bool = False, pieces: int = 1) -> Run:
+    """Load the data, the text encoder and the features, and build the model. Rank 0 writes settings.json first.
 
     Raises BadInput if data, a text encoder, a CLIP, a checkpoint or a folder cannot be used.
     """
+    if pieces > 1 and settings.run.model != "tgdt":
+        raise BadInput(f"--pieces {pieces}: only --model tgdt can be trained in pieces; the BatchNorm of --model "
+                       f"{settings.run.model} takes its statistics from the whole batch")
     where, precision = models.resolve(device, settings.run.precision)
     torch.manual_seed(settings.run.seed)
     last = folder.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
@@ -216,7 +214,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     settings.pictures.regions = pictures.kind(settings, splits, where)
     say(f"loading the text encoder: {settings.text.text_encoder}")
     bert, tokenizer = models.text_encoder(settings)
-    settings_.write(out / "settings.json", settings)  # before the features, which take long, so that --resume works
+    if torchrun.number() == 0:  # before the features, which take long, so that --resume works
+        settings_.write(out / "settings.json", settings)
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])
     feature_dim, train_data = splits["train"].features.dim, folder.fingerprint(splits["train"])
     if last:
@@ -231,9 +230,12 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     if queue or settings.momentum.keep == "momentum":
         momentum = MomentumContrast(model, settings.architecture.dim, queue, settings.momentum.momentum).to(where)
     words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
-    tokenizer.save_pretrained(out / "tokenizer")
+    if torchrun.number() == 0 and not (last and (out / "tokenizer").is_dir()):  # a whole one stays as it is
+        with explained(out / "tokenizer", "a folder that can be written"):
+            tokenizer.save_pretrained(out / "tokenizer")
     inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict(), "train_data": train_data}
-    return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last, quiet)
+    return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last, quiet,
+               pieces)
 
 
 def main(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
@@ -248,34 +250,39 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
         print(json.dumps(asdict(settings), indent=2))
         return 0
     if options.fetch_only:
-        pictures.find_data(settings, True, options.quiet)
+        fetching.find_data(settings, True, options.quiet)
+        pictures.fetch_models(settings)
         print(f"{settings.run.dataset} is complete in {settings.run.data_root}")
         return 0
     out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
-    with locked(out):
+    with torchrun.started(options.device), locked(out) if torchrun.number() == 0 else nullcontext():
+        first, quiet = torchrun.number() == 0, options.quiet or torchrun.number() > 0
         if options.resume:
             settings = folder.resumed_settings(out, given)
-        elif any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt")):
+        elif first and any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt")):
             raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
-        if settings.pictures.cache:
-            check_folder(Path(settings.pictures.cache))
-        if not options.resume:
-            pictures.find_data(settings, False, options.quiet)
         try:
-            log = logs.open_log(options.log, out, settings)
-            run = set_up(settings, out, options.device, options.resume, options.workers, options.quiet)
-            run.log = log
+            with torchrun.first_alone():  # it fetches and computes; the others then find it done
+                if settings.pictures.cache:
+                    check_folder(Path(settings.pictures.cache))
+                if not options.resume:
+                    fetching.find_data(settings, False, quiet)
+                log = logs.open_log(options.log if first else None, out, settings)
+                run = set_up(settings, out, options.device, options.resume, options.workers, quiet, options.pieces)
+                run.log = log
+            ranks.join(run.model, run.momentum)
             finished = train_guarded(train, run)
         except (BadInput, OSError):
-            if not options.resume and not (out / "checkpoint.pt").is_file():  # nothing to go on from
+            if first and not options.resume and not folder.best_checkpoint(out).exists():  # nothing to go on from
                 (out / "settings.json").unlink(missing_ok=True)
                 shutil.rmtree(out / "tokenizer", ignore_errors=True)
             raise
         if not finished:
             print(f"stopped at epoch {run.epoch + 1}, step {run.step}; go on with --resume --out {out}")
             return 130
-        model = folder.open_run(out).model.to(run.device)
-        report.report(model, run.splits, run.words, run.tokenizer, settings, out, run.device, run.precision)
+        if first:
+            model = folder.open_run(out).model.to(run.device)
+            report.report(model, run.splits, run.words, run.tokenizer, settings, out, run.device, run.precision)
     return 0
 
 

@@ -52,7 +52,7 @@ def test_every_result_is_of_an_arm_and_every_table_prints(capsys):
 
 
 CHANGED = [arms.AS_RELEASED, "user, no queue, hinge, mean first", "user, stand-in for CLIP", "tgdt, fine alone, beside",
-           "unified, averaged, detached"]
+           "unified, averaged, attached"]
 
 
 @pytest.mark.parametrize("arm", CHANGED)

@@ -92,7 +92,7 @@ def test_a_default_is_the_same_in_the_settings_and_in_the_concept_files(function
 
 
 def test_the_preset_of_the_unified_model_has_the_defaults_of_its_loss():
-    values = settings.flat(settings.make({"model": "tgdt-user"}))
+    values = settings.flat(settings.make({"model": "tgdt-user", "dataset": "flickr30k"}))
     parameters = inspect.signature(losses.unified_loss).parameters
     assert {name: parameters[name].default for name in ("reduction", "infonce_weight", "temperature")} == {
         name: values[name] for name in ("reduction", "infonce_weight", "temperature")}
@@ -267,7 +267,7 @@ def test_the_command_line_in_parts(tmp_path, monkeypatch):
         "model": "user", "lr": 0.1, "reward_floor": False, "data_root": str(tmp_path / "data"),
         "text_encoder": str(tmp_path / "bert"), "clip_model": "openai/clip"}
     assert vars(options) == {"device": "auto", "workers": 2, "out": Path("x"), "resume": True, "print_settings": False,
-                             "quiet": False, "log": None, "fetch_only": False}
+                             "quiet": False, "log": None, "fetch_only": False, "pieces": 1}
 
 
 @pytest.mark.parametrize("given", EVERY, ids=lambda given: "-".join(given.values()))

@@ -65,7 +65,10 @@ def test_a_run_of_user_has_no_fine_tokens(flags, tmp_path, capsys, guide):
     assert {p.name for p in out.iterdir()} == names
     metrics = json.loads((out / "metrics.json").read_text())
     assert "global" in metrics and not {"local", "two_stage", "mixed"} & metrics.keys()
-    assert "negatives" not in json.loads((out / "history.jsonl").read_text().splitlines()[0])
+    first = json.loads((out / "history.jsonl").read_text().splitlines()[0])
+    assert "negatives" not in first and {side: len(first["pooling"][side]) for side in first["pooling"]} == {
+        "image": 3, "text": 8}
+    assert sum(first["pooling"]["image"]) == pytest.approx(1, abs=1e-3)
     assert retrieve.main(["evaluate", str(out)]) == 0
     said = capsys.readouterr().out
     assert "global only" in said and "two-stage" not in said
