@@ -36,9 +36,9 @@ class FineLevel(nn.Module):
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens [B, T, D], mask [B, T] bool -> [B, T, D]."""
-        return self.encoder(tokens, src_key_padding_mask=~mask)
+    def forward(self, tokens: Tensor, mask: Tensor, added: Tensor | float = 0.0) -> Tensor:
+        """tokens [B, T, D], mask [B, T] bool; added [B, T, D], what the tokens do not say -> [B, T, D]."""
+        return self.encoder(tokens.detach() + added, src_key_padding_mask=~mask)
 
 
 class Unified(USER):
@@ -61,13 +61,13 @@ class Unified(USER):
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens and plain tokens [B, R, D], one a region; mask [B, R]."""
         plain, mask = self.region_tokens(batch)                                                 # [B, R, D]
-        fine = self.fine_regions(plain.detach() + self.geometry(box_geometry(batch["boxes"])), mask)
+        fine = self.fine_regions(plain, mask, self.geometry(box_geometry(batch["boxes"])))      # [B, R, D]
         globals_ = F.normalize(self.image_pool(plain, mask), dim=1)
         return Encoded(globals_, F.normalize(fine, dim=2), mask, F.normalize(plain, dim=2))
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens and plain tokens [B, W - 2, D], one a word piece, without [CLS] and [SEP]; mask."""
         plain, mask = self.word_tokens(batch)                                                   # [B, W, D]
-        fine = self.fine_words(plain.detach(), mask)
+        fine = self.fine_words(plain, mask)                                                     # [B, W, D]
         globals_ = F.normalize(self.text_pool(plain, mask), dim=1)
         return Encoded(globals_, F.normalize(fine[:, 1:-1], dim=2), mask[:, 2:], F.normalize(plain[:, 1:-1], dim=2))
