@@ -78,8 +78,9 @@ class User:
         self.source = serve(self.server, dataset)
         self.server.files |= {f"/tiny/bert/resolve/main/{name}": content for name, content in encoder.items()}
         self.small = ["--text-encoder", "tiny/bert", "--text-layers", "1", "--dim", "8", "--region-width", "8",
-                      "--feedforward", "16", "--batch-size", "4", "--region-network", "mobilenet_v3_small",
-                      "--region-weights", network, "--boxes", "4", "--picture-side", "64", "--epochs", "1"]
+                      "--feedforward", "16", "--batch-size", "4", "--captions-per-image", "1",
+                      "--region-network", "mobilenet_v3_small", "--region-weights", network,
+                      "--boxes", "4", "--picture-side", "64", "--epochs", "1"]
         (home / "empty").mkdir()
 
     def types(self, *more: str, dies: str = "") -> str:

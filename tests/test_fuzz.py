@@ -111,7 +111,8 @@ def run(root, bert, tmp_path_factory):
     out = tmp_path_factory.mktemp("fuzz") / "run"
     assert train.main(["--dataset", "flickr8k", "--data-root", str(root), "--text-encoder", str(bert), "--dim", "8",
                        "--text-layers", "1", "--region-width", "8", "--feedforward", "16", "--batch-size", "4",
-                       "--epochs", "1", "--device", "cpu", "--quiet", "--out", str(out)]) == 0
+                       "--captions-per-image", "1", "--epochs", "1", "--device", "cpu",
+                       "--quiet", "--out", str(out)]) == 0
     return out
 
 
