@@ -8,7 +8,7 @@
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from the tokens that late interaction aligns.
 InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. A fine level of its own makes
 re-ranking worthwhile, and it reads the tokens without their gradients, so that it cannot harm the coarse vectors.
-docs/results.md has the measurements behind each of these choices.
+docs/claims.md has the measurements behind these choices.
 """
 from __future__ import annotations
 
