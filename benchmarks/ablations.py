@@ -31,6 +31,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,6 +44,7 @@ import retrieve
 import train
 from harness import flags, folder, report, settings, training
 from harness.training import Run
+from sources import drawing, scenes
 from sources.files import BadInput, write_whole
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -86,7 +88,8 @@ def one(budget: str, arm: str, out: Path, argv: list[str]) -> int:
 def measure(run: Run, more: bool = False) -> list[dict]:
     """The rows of a trained run, on val: each way of searching, the halves of val, and the epochs.
 
-    more: also shortlists of several lengths, and several weights of the local similarity.
+    On the scenes also the twins of test, which are twice as many as those of val. more: also shortlists of several
+    lengths, and several weights of the local similarity.
     """
     split, options = run.splits["val"], report.search_options(run.settings)
     result, images, texts = report.measure(run.kept, split, run.words["val"], run.settings, run.device, run.precision)
@@ -107,11 +110,36 @@ def measure(run: Run, more: bool = False) -> list[dict]:
         for weight in WEIGHTS:
             found = retrieve.evaluate(images, texts, split.image_of, exhaustive=False, **options | {"weight": weight})
             rows.append(row(f"weight {weight:g}", found["two_stage"]))
+    if run.splits.get("test", split).truth is not None:
+        rows += twins(run)
     for line in run.history:
         rows.append(row(f"epoch {line['epoch']}", report.final(line["val"]), line["seconds"]))
         if "val_model_rsum" in line:
             rows.append(row(f"epoch {line['epoch']}, the model itself", {"rsum": line["val_model_rsum"]}))
     return rows
+
+
+def twins(run: Run) -> list[dict]:
+    """How often a caption finds its scene among two, the scene and its twin, in percent. A coin finds half of them.
+
+    A row for each kind of twin, on the captions of test that are false of the twin, by the similarity that the model
+    is judged by; for a model with tokens, also rows by the global similarity alone.
+    """
+    split, settings = run.splits["test"], run.settings
+    _, images, texts = report.measure(run.kept, split, run.words["test"], settings, run.device, run.precision, False)
+    truth, own = split.truth, torch.as_tensor(split.image_of)
+    twin = torch.as_tensor(truth.twin_of)[own]
+    asked = torch.tensor([other >= 0 and not scenes.holds(claim, truth.objects[other])
+                          for claim, other in zip(truth.claims, twin.tolist(), strict=True)]).nonzero()[:, 0]
+    own, twin = own[asked], twin[asked]
+    gains = {"": ((images.globals[own] - images.globals[twin]) * texts.globals[asked]).sum(1)}
+    if texts.tokens is not None:
+        gains["global "] = gains[""]
+        local = [retrieve.local_of_pairs(images, texts, to, asked, settings.cmc.reduction) for to in (own, twin)]
+        gains[""] = gains[""] + settings.cmc.local_weight * (local[0] - local[1])
+    kind = np.array(truth.twin_kind)[own]
+    return [{"search": f"{way}twins, {name}", "t2i_r1": number(100 * (gain > 0).cpu().numpy()[kind == name].mean())}
+            for way, gain in gains.items() for name in drawing.TWINS]
 
 
 def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
@@ -234,6 +262,7 @@ def table(args: argparse.Namespace) -> None:
             draw(budget, found, HERE.parent / "docs" / f"claims-{budget}.png")
         print_arms(rows, budget)
         print_searches(rows, budget)
+        print_twins(rows, budget)
         if args.courses:
             print_courses(rows, budget)
     if speeds := [row for row in rows if row["budget"] == "speed"]:
@@ -280,7 +309,21 @@ def print_searches(rows: list[dict], budget: str) -> None:
                                                 "", "", "", "1.0"], *lines])
             found = [by_seed(rows, budget, model, f"weight {weight:g}").values() for weight in WEIGHTS]
             print_table(f"4 weight of local ({model})", *(f"{weight:g}" for weight in WEIGHTS), rows=[
-                ["two-stage rsum", *(spread([float(row["rsum"]) for row in of_weight]) if of_weight else "" for of_weight in found)]])
+                ["two-stage rsum", *(spread([float(row["rsum"]) for row in rows_]) if rows_ else "" for rows_ in found)]])
+
+
+def print_twins(rows: list[dict], budget: str) -> None:
+    """On the scenes: how often a caption finds its scene among two, by how the other one, its twin, differs."""
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["budget"] == budget):
+        for way in ("", "global "):
+            found = [by_seed(rows, budget, arm, f"{way}twins, {name}").values() for name in drawing.TWINS]
+            if found[0]:
+                lines.append([arm, way, *(spread([float(row["t2i_r1"]) for row in each]) for each in found),
+                              len(found[0])])
+    if lines:
+        print_table("captions of test that prefer their scene to its twin, %", "search", *drawing.TWINS, "seeds",
+                    rows=lines)
 
 
 def print_courses(rows: list[dict], budget: str) -> None:

@@ -26,8 +26,11 @@ import data
 import losses
 import tgdt
 import train
+import unified
 import user
+from harness import models
 from harness.training import Run
+from sources.features import InMemory
 from sources.files import BadInput, write_whole
 
 # ------------------------------------------------------------------------------------------------ other parts of a run
@@ -85,6 +88,24 @@ def stand_in_for_clip(run: Run) -> Run:
     guide = user.CLIPGuidedEnhancement(dim, dim, run.settings.enhancement.sharpness).to(run.device)
     for model in copies(run):
         model.guide = copy.deepcopy(guide)
+    return run
+
+
+def no_boxes(run: Run) -> Run:
+    for split in run.splits.values():
+        split.features.boxes = np.zeros_like(split.features.boxes)
+    return run
+
+
+def boxes_as_features(run: Run) -> Run:
+    """The box geometry of TGDT stands behind the features of each region. The model is built anew for F + 5."""
+    for split in run.splits.values():
+        found = split.features
+        geometry = tgdt.box_geometry(torch.from_numpy(found.boxes)).numpy()                            # [N, R, 5]
+        split.features = InMemory(found.path, np.concatenate([found.regions, geometry], 2), found.boxes)
+    run.model = models.build(run.settings, run.model.bert, run.inputs["feature_dim"] + 5).to(run.device)
+    old, dim = run.momentum, run.settings.architecture.dim
+    run.momentum = user.MomentumContrast(run.model, dim, len(old.image_queue.owner), old.momentum).to(run.device)
     return run
 
 
@@ -188,6 +209,36 @@ def fine_alone(model, momentum, batch, settings, precision="float32", negatives=
     return losses.hinge(settings.cmc.local_weight * local[row], settings.cmc.margin, positives, negatives)
 
 
+def one_fine_level(model, momentum, batch, settings, precision="float32", negatives="hardest", level="plain") -> Tensor:
+    """The unified model's loss without InfoNCE on the fine tokens, or without it on the plain tokens.
+
+    Without it on the fine tokens, the fine level is never trained, and the fine tokens stay equal to the plain ones.
+    """
+    images, texts, row, positives = encode(model, momentum, batch, precision)
+    keys = train.momentum_keys(momentum, batch, precision) if settings.momentum.queue else None
+    loss = losses.user_loss(images, texts, row, keys, **vars(settings.uto), **vars(settings.infonce))
+    local = losses.local_similarity(getattr(images, level), images.mask, getattr(texts, level), texts.mask,
+                                    settings.cmc.reduction)[row]
+    return loss + settings.infonce.infonce_weight * losses.info_nce(local, settings.infonce.temperature, positives)
+
+
+class Attached(nn.Module):
+    """A fine level whose gradients reach the tokens below it."""
+
+    def __init__(self, level: unified.FineLevel):
+        super().__init__()
+        self.encoder = level.encoder
+
+    def forward(self, tokens: Tensor, mask: Tensor, added: Tensor | float = 0.0) -> Tensor:
+        return self.encoder(tokens + added, src_key_padding_mask=~mask)
+
+
+def attached(run: Run) -> Run:
+    for model in copies(run):
+        model.fine_regions, model.fine_words = Attached(model.fine_regions), Attached(model.fine_words)
+    return run
+
+
 # ------------------------------------------------------------------------------------------------------ frozen BERT
 
 
@@ -271,9 +322,16 @@ CHANGES = {
     "detached": Change(to_run=partial(other_branches, reads="detached")),
     "no guide": Change("--guide none"),
     "stand-in for CLIP": Change("--guide none", stand_in_for_clip),
+    "no boxes": Change(to_run=no_boxes),         # on scenes, whose features are in memory
+    "boxes": Change(to_run=boxes_as_features),   # of USER, on scenes
     "no queue": Change("--queue 0"),
     "hinge": Change(loss_of=hinge_alone),
     "mean first": Change(to_run=start_as_mean),
+    "InfoNCE": Change("--infonce-weight 1"),  # on every level that is searched
+    "no UTO": Change("--batch-weight 0 --queue 0"),
+    "plain tokens alone": Change(loss_of=partial(one_fine_level, level="plain")),  # no fine level
+    "fine tokens alone": Change(loss_of=partial(one_fine_level, level="tokens")),
+    "attached": Change(to_run=attached),
     # What this project does otherwise than USER's released code, undone:
     "fixed regions": Change("--fixed-regions 36"),
     "reward floor": Change("--reward-floor"),
@@ -314,18 +372,23 @@ CLAIMS = {
     "8 queues of 8,192, or none": ("user, no guide, --queue 8192", "user, no guide, no queue"),
     "9 true pairs masked in the batch, or not": ("user, no guide", "user, no guide, batch unmasked"),
     "9 true pairs masked in the queue, or not": ("user, no guide", "user, no guide, queue unmasked"),
-    "10 the unified model, or TGDT": ("unified", "tgdt"),
-    "10 the unified model, or USER": ("unified", "user"),
-    "10 averaged: the unified model, or TGDT": ("unified, averaged", "tgdt, averaged"),
-    "10 averaged: the unified model, or USER": ("unified, averaged", "user, averaged"),
-    "10 averaged, twice the steps: the unified model, or TGDT": (
-        "unified, averaged, longer", "tgdt, averaged, longer"),
-    "10 averaged, twice the steps: the unified model, or USER": (
-        "unified, averaged, longer", "user, averaged, longer"),
+    "10 the unified model, or TGDT": ("unified, averaged", "tgdt, averaged"),
+    "10 the unified model, or TGDT with InfoNCE": ("unified, averaged", "tgdt, averaged, InfoNCE"),
+    "10 the unified model, or USER": ("unified, averaged", "user, no guide, averaged"),
+    "10 the unified model, or USER with InfoNCE": ("unified, averaged", "user, no guide, averaged, InfoNCE"),
+    "10 its coarse level, or that of USER with InfoNCE": (
+        "unified, averaged: global", "user, no guide, averaged, InfoNCE"),
+    "10 re-ranked, or its coarse level alone": ("unified, averaged", "unified, averaged: global"),
+    "10 with a fine level, or the plain tokens alone": ("unified, averaged", "unified, averaged, plain tokens alone"),
+    "10 InfoNCE on the plain tokens too, or not": ("unified, averaged", "unified, averaged, fine tokens alone"),
+    "10 the fine level's gradients cut off, or not": ("unified, averaged", "unified, averaged, attached"),
+    "10 one layer in the fine level, or two": ("unified, averaged", "unified, averaged, --local-layers 2"),
+    "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
+    "10 InfoNCE beside UTO, or not; both USER": ("user, no guide, averaged, InfoNCE", "user, no guide, averaged"),
+    "10 InfoNCE beside CMC, or not; both TGDT": ("tgdt, averaged, InfoNCE", "tgdt, averaged"),
 }
 OURS = {  # what we do otherwise than the released code, or have tried
     "TGDT averaged at a constant rate, or the model at a falling one": ("tgdt, averaged", "tgdt"),
-    "the unified model averaged at a constant rate, or the model at a falling one": ("unified, averaged", "unified"),
     "USER averaged at a constant rate, or the model at a falling one": ("user, no guide, averaged", "user, no guide"),
     "USER averaged, or the model; both at a falling rate": (
         "user, no guide, averaged, falling rate", "user, no guide"),
