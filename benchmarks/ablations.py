@@ -307,9 +307,12 @@ def print_searches(rows: list[dict], budget: str) -> None:
             print_table(f"3 shortlist ({model})", "rsum", "against all", "R@1 image to text", "R@1 text to image",
                         "times as fast", rows=[["all", spread([float(row["rsum"]) for row in whole.values()]),
                                                 "", "", "", "1.0"], *lines])
-            found = [by_seed(rows, budget, model, f"weight {weight:g}").values() for weight in WEIGHTS]
-            print_table(f"4 weight of local ({model})", *(f"{weight:g}" for weight in WEIGHTS), rows=[
-                ["two-stage rsum", *(spread([float(row["rsum"]) for row in rows_]) if rows_ else "" for rows_ in found)]])
+            cells = []
+            for weight in WEIGHTS:
+                found = by_seed(rows, budget, model, f"weight {weight:g}").values()
+                cells.append(spread([float(row["rsum"]) for row in found]) if found else "")
+            print_table(f"4 weight of local ({model})", *(f"{weight:g}" for weight in WEIGHTS),
+                        rows=[["two-stage rsum", *cells]])
 
 
 def print_twins(rows: list[dict], budget: str) -> None:
