@@ -22,26 +22,48 @@ if __name__ == "__main__":  # --help, a mistake in a flag and Ctrl-C need not wa
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import call
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import losses
 from tgdt import Encoded
-from user import MomentumContrast
+from user import USER, MomentumContrast
 
 # ------------------------------------------------------------------------------------------------------ one step
 
 
-def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str,
-           share: Callable = call) -> tuple[Encoded, Encoded]:
+def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Tensor]) -> Encoded:
+    """Encode the captions of a large batch in up to four groups, from short to long, and put them back in order.
+
+    Otherwise all are padded to the longest, and half of the work on Flickr8K's captions would go into padding.
+    """
+    lengths = batch["word_mask"].sum(1)
+    order = lengths.argsort()
+    groups = order.tensor_split(max(1, min(4, len(order) // 40)))
+    if len(groups) == 1:
+        return encode_texts(batch)
+    parts = [encode_texts({name: batch[name][rows, : int(lengths[rows].max())] for name in ("word_ids", "word_mask")})
+             for rows in groups]
+    return Encoded(*(None if part[0] is None else
+                     pad_sequence([row for rows in part for row in rows], batch_first=True)[order.argsort()]
+                     for part in zip(*parts, strict=True)))
+
+
+def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share: Callable = call,
+           kind: type | None = None) -> tuple[Encoded, Encoded]:
     """The I images and B captions of a batch. The network runs in mixed precision, the losses always in float32.
 
     share: calls the encoder with the batch. Another one lets several GPUs encode a part each, see harness/ranks.py.
+    kind: the class whose encoders are used, if not the model's own.
     """
+    kind = kind or type(model)
+    encode_texts = partial(by_length, partial(kind.encode_texts, model))
     with torch.autocast(batch["regions"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        images, texts = share(model.encode_images, batch), share(model.encode_texts, batch)
+        images, texts = share(partial(kind.encode_images, model), batch), share(encode_texts, batch)
     return images.float(), texts.float()
 
 
@@ -52,7 +74,8 @@ def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], preci
 
     Afterwards the new keys enter the queues: each image once, each caption once.
     """
-    images, texts = encode(momentum.encoder, batch, precision, share)
+    # A key is a coarse vector, which USER's encoders make for the unified model too.
+    images, texts = encode(momentum.encoder, batch, precision, share, USER)
     row, image_index = batch["image_row"], batch["image_index"]                                      # [B], [B]
     image_queue, text_queue = momentum.image_queue, momentum.text_queue
     keys = losses.Keys(images.globals[row], texts.globals, image_queue.keys, text_queue.keys,

@@ -77,6 +77,42 @@ def start_as_mean(run: Run) -> Run:
     return run
 
 
+def broad_pooling(run: Run, factor: float = 1.0) -> Run:
+    """GPO with a temperature of 1, not 0.1: its weights start broad, and ten times as large scores make them narrow.
+
+    factor: what the last weights of GPO are multiplied by. With 10 GPO is what it was at the start, but as Adam's steps
+    stay as large as they were, its score is learnt at a tenth of the rate.
+    """
+    for model in copies(run):
+        for pool in (model.image_pool, model.text_pool):
+            pool.temperature = 1.0
+            pool.score.weight.data.mul_(factor)
+    return run
+
+
+def mean_pooling(run: Run) -> Run:
+    """The mean over the tokens in place of GPO."""
+    run = start_as_mean(run)
+    for model in copies(run):
+        model.image_pool.requires_grad_(False)
+        model.text_pool.requires_grad_(False)
+    return run
+
+
+def grid_boxes(run: Run) -> Run:
+    """Boxes for features without any, whose 36 regions are the cells of a 6 x 6 grid, row by row."""
+    lines = np.linspace(0, 1, 7)
+    cells = np.array([[lines[x], lines[y], lines[x + 1], lines[y + 1]] for y in range(6) for x in range(6)], np.float32)
+
+    def with_boxes(read: Callable, rows) -> tuple:
+        regions, _, mask = read(rows)
+        return regions, np.tile(cells, (len(regions), 1, 1)), mask
+
+    for split in run.splits.values():
+        split.features.read = partial(with_boxes, split.features.read)
+    return run
+
+
 def stand_in_for_clip(run: Run) -> Run:
     """CGE guided by the mean of an image's own regions, in place of CLIP's embedding."""
     for split in run.splits.values():
@@ -222,6 +258,38 @@ def one_fine_level(model, momentum, batch, settings, precision="float32", negati
     return loss + settings.infonce.infonce_weight * losses.info_nce(local, settings.infonce.temperature, positives)
 
 
+def entropy_of_pooling(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+    """The model's own loss, less the entropy of GPO's weights, of the images and of the captions."""
+    loss = train.batch_loss(model, momentum, batch, settings, precision, negatives)
+    for pool, mask in ((model.image_pool, batch["region_mask"]), (model.text_pool, batch["word_mask"])):
+        weights = pool.pooling_weights(mask.sum(1), mask.shape[1])                              # [B, T]
+        loss = loss + torch.xlogy(weights, weights).sum(1).mean()
+    return loss
+
+
+def more_unified(model, momentum, batch, settings, precision="float32", negatives="hardest", more="") -> Tensor:
+    """The unified model's loss with one more term.
+
+    more: "hinge" is CMC's hinge on the fine tokens, "intra" its intra-modal term. "distilled" is the cross-entropy of
+    the globals with the two-stage similarity as the teacher, whose gradients are cut off.
+    """
+    images, texts, row, positives = encode(model, momentum, batch, precision)
+    keys = train.momentum_keys(momentum, batch, precision) if settings.momentum.queue else None
+    loss = losses.unified_loss(images, texts, row, keys, vars(settings.uto), settings.cmc.reduction,
+                               **vars(settings.infonce))
+    globals_, cmc = (images.globals[row], texts.globals), settings.cmc
+    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, cmc.reduction)[row]
+    if more == "hinge":
+        return loss + losses.hinge(local, cmc.margin, positives, negatives) / len(row)
+    if more == "intra":
+        return loss + losses.intra_consistency(*globals_, cmc.intra_margin) / len(row)
+    dots, temperature = globals_[0] @ globals_[1].T, settings.infonce.temperature
+    teacher = ((dots + cmc.local_weight * local).detach() / temperature, dots / temperature)
+    for target, student in (teacher, [scores.T for scores in teacher]):
+        loss = loss + F.cross_entropy(student, target.softmax(1))
+    return loss
+
+
 class Attached(nn.Module):
     """A fine level whose gradients reach the tokens below it."""
 
@@ -327,11 +395,19 @@ CHANGES = {
     "no queue": Change("--queue 0"),
     "hinge": Change(loss_of=hinge_alone),
     "mean first": Change(to_run=start_as_mean),
+    "mean pooling": Change(to_run=mean_pooling),
+    "broad pooling": Change(to_run=broad_pooling),
+    "slow pooling": Change(to_run=partial(broad_pooling, factor=10.0)),
+    "entropy": Change(loss_of=entropy_of_pooling),
     "InfoNCE": Change("--infonce-weight 1"),  # on every level that is searched
     "no UTO": Change("--batch-weight 0 --queue 0"),
     "plain tokens alone": Change(loss_of=partial(one_fine_level, level="plain")),  # no fine level
     "fine tokens alone": Change(loss_of=partial(one_fine_level, level="tokens")),
     "attached": Change(to_run=attached),
+    "grid boxes": Change(to_run=grid_boxes),  # for the features of the budget "flickr8k"
+    "hinge too": Change(loss_of=partial(more_unified, more="hinge")),
+    "intra-modal term": Change(loss_of=partial(more_unified, more="intra")),
+    "distilled": Change(loss_of=partial(more_unified, more="distilled")),
     # What this project does otherwise than USER's released code, undone:
     "fixed regions": Change("--fixed-regions 36"),
     "reward floor": Change("--reward-floor"),
