@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 import losses
 
-BLOCK = 2**26   # numbers computed at once, 256 MB, so that the memory of a search does not grow with the corpus
-QUERIES = 1024  # queries searched at once
-PIECE = 64      # captions whose words are gathered at once in stage 2: they fit into the cache of a processor
+BLOCK = 2**26  # numbers computed at once, 256 MB, so that the memory of a search does not grow with the corpus
+PIECE = 512    # words gathered at once in stage 2: they fit into the cache of a processor
 
 # ------------------------------------------------------------------------------------------------ what is searched
 
@@ -61,12 +60,15 @@ class Embeddings:
         """How many tokens each of `items` [n] has, [n] long."""
         return self.offsets[items + 1] - self.offsets[items]
 
-    def tokens_of(self, items: Tensor) -> Tensor:
-        """The tokens of `items` [n], one item after the other: [all their tokens, D]."""
+    def rows(self, items: Tensor) -> Tensor:
+        """Where in `tokens` the tokens of `items` [n] lie, one item after the other: [all their tokens] long."""
         lengths = self.lengths(items)
         shift = self.offsets[items] - ends(lengths)[:-1]  # from a place in the result to the row in `tokens`
-        place = torch.arange(int(lengths.sum()), device=shift.device)
-        return self.tokens.index_select(0, place + shift.repeat_interleave(lengths))
+        return torch.arange(int(lengths.sum()), device=shift.device) + shift.repeat_interleave(lengths)
+
+    def tokens_of(self, items: Tensor) -> Tensor:
+        """The tokens of `items` [n], one item after the other: [all their tokens, D]."""
+        return self.tokens.index_select(0, self.rows(items))
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """tokens [N, T, D] and mask [N, T], T that of the item with the most tokens."""
@@ -128,19 +130,16 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
         raise ValueError(f"a shortlist of {shortlist} from a corpus of {len(corpus)} is empty, expected at least one")
     if queries.kind == corpus.kind:
         raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one should be image, the other text")
-    found = []
-    for block in (queries[start : start + QUERIES] for start in range(0, len(queries), QUERIES)):
-        scores, indices = nearest(block.globals, corpus.globals, min(shortlist, len(corpus)))       # [q, K], [q, K]
-        if weight and block.tokens is not None and corpus.tokens is not None:
-            query = torch.arange(len(block), device=indices.device)[:, None].expand_as(indices)
-            sides, pairs = (block, corpus), (query.flatten(), indices.flatten())
-            if block.kind == "text":
-                sides, pairs = sides[::-1], pairs[::-1]  # images come first
-            local = (local_of or local_of_pairs)(*sides, *pairs, reduction)
-            scores, order = (scores + weight * local.view_as(scores)).sort(dim=1, descending=True, stable=True)
-            indices = indices.gather(1, order)
-        found.append((indices, scores))
-    return torch.cat([indices for indices, _ in found]), torch.cat([scores for _, scores in found])
+    scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)))         # [Q, K], [Q, K]
+    if weight and queries.tokens is not None and corpus.tokens is not None:
+        query = torch.arange(len(queries), device=indices.device)[:, None].expand_as(indices)
+        sides, pairs = (queries, corpus), (query.flatten(), indices.flatten())
+        if queries.kind == "text":
+            sides, pairs = sides[::-1], pairs[::-1]  # images come first
+        local = (local_of or local_of_pairs)(*sides, *pairs, reduction)
+        scores, order = (scores + weight * local.view_as(scores)).sort(dim=1, descending=True, stable=True)
+        indices = indices.gather(1, order)
+    return indices, scores
 
 
 def nearest(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -149,8 +148,9 @@ def nearest(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
     queries [Q, D], corpus [N, D]. The corpus is read in blocks, so the whole [Q, N] matrix never exists.
     """
     best = index = None
-    for start in range(0, len(corpus), BLOCK // QUERIES):
-        block = corpus[start : start + BLOCK // QUERIES].to(queries.device, queries.dtype)
+    size = max(1, BLOCK // max(1024, len(queries)))
+    for start in range(0, len(corpus), size):
+        block = corpus[start : start + size].to(queries.device, queries.dtype)
         here, place = (queries @ block.T).topk(min(k, len(block)), dim=1)
         place += start
         if best is not None:  # the best of this block and of those before
@@ -165,18 +165,18 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
                    reduction: str = "sum") -> Tensor:
     """The local similarity of P pairs, image [P] and caption [P] as rows -> [P] float32 (TGDT, local similarity).
 
-    The pairs are sorted by image. Then the words of all captions that meet an image take one product with its regions.
+    The pairs are sorted by image, so that the words of all captions that meet an image take one product with it.
     """
     order = image.argsort(stable=True)
-    image, caption = image[order], caption[order].to(texts.offsets.device)
+    image, caption = image[order].to(images.offsets.device), caption[order].to(texts.offsets.device)
     items, counts = image.unique_consecutive(return_counts=True)
     best = []                                                                  # of each word, its most similar region
-    for item, captions in zip(items.to(images.offsets.device), caption.split(counts.tolist()), strict=True):
-        regions = images.tokens_of(item[None]).to(image.device, texts.tokens.dtype)                 # [R, D]
-        for piece in captions.split(PIECE):
-            words = texts.tokens_of(piece).to(image.device)                                         # [n, D]
-            best.append((words @ regions.T).amax(1).float())                                        # [n]
-    lengths = texts.lengths(caption).to(image.device)
+    for item, captions in zip(items, caption.split(counts.tolist()), strict=True):
+        regions = images.tokens_of(item[None]).to(order.device, texts.tokens.dtype)                 # [R, D]
+        for rows in texts.rows(captions).split(PIECE):
+            words = texts.tokens.index_select(0, rows).to(order.device)                             # [n, D]
+            best.append((regions @ words.T).amax(0).float())                                        # [n]
+    lengths = texts.lengths(caption).to(order.device)
     local = torch.segment_reduce(torch.cat(best), "sum", lengths=lengths)                           # [P]
     if reduction == "mean":
         local = local / lengths.clamp(min=1)
@@ -238,11 +238,11 @@ def recall(similarity: Tensor, image_of: Tensor) -> dict:
 
 @torch.inference_mode()
 def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist: tuple[int, int] = (50, 100),
-             weight: float = 10.0, reduction: str = "sum", exhaustive: bool = True) -> dict:
+             weight: float = 10.0, reduction: str = "sum", exhaustive: bool = True, find: Callable = search) -> dict:
     """The metrics of global only, exhaustive local, two-stage, and the mixed similarity without a shortlist.
 
     image_of [captions] long. shortlist: captions for an image, images for a caption. exhaustive=False leaves out what
-    needs every local similarity. Without tokens there is only "global". "seconds" says how long each took.
+    needs every local similarity. find: another function for `search`. Without tokens there is "global" alone.
     """
     device = images.globals.device
     image_of, rows = torch.as_tensor(image_of, device=device), torch.arange(len(images), device=device)
@@ -253,8 +253,8 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     if images.tokens is None:
         return {**out, "seconds": seconds}
     start = now(device)
-    i2t = shortlist_ranks(*search(images, texts, shortlist[0], weight, reduction), rows, image_of, i2t)
-    t2i = shortlist_ranks(*search(texts, images, shortlist[1], weight, reduction), image_of, rows, t2i)
+    i2t = shortlist_ranks(*find(images, texts, shortlist[0], weight, reduction), rows, image_of, i2t)
+    t2i = shortlist_ranks(*find(texts, images, shortlist[1], weight, reduction), image_of, rows, t2i)
     out["two_stage"], seconds["two_stage"] = metrics(i2t, t2i), now(device) - start
     if exhaustive:
         start = now(device)

@@ -1,7 +1,8 @@
 """How fast is two-stage retrieval? One run times ours, a loop over the queries as released evaluators have it, the
-exhaustive local similarity, and what the machine's matrix products alone would need.
+exhaustive local similarity, and what the machine's matrix products alone would need; then again while another program
+multiplies matrices on all cores.
 
-    python benchmarks/retrieval.py                        # Flickr30K's test size; about five minutes on two cores
+    python benchmarks/retrieval.py                        # Flickr30K's test size; about ten minutes on two cores
     python benchmarks/retrieval.py --images 5000          # the same at COCO's test size, with 25,000 captions
     python benchmarks/retrieval.py --grow --out PICTURE   # time against the size of the corpus, 1,000 to 200,000 images
     python benchmarks/retrieval.py --million              # a million images, D 128: captions 1, 32 and 1,024 at once
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +26,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import engines
-from retrieve import Embeddings, local_matrix, search
-
-FAST = engines.local_of_pairs  # what the search command uses
+from retrieve import Embeddings, local_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -89,29 +89,55 @@ def rate(dtype: torch.dtype) -> float:
     return 20 * 2 * 2048 * 1024 * 1024 / seconds(lambda: [a @ b for _ in range(20)], 5)
 
 
+def busy() -> None:
+    """What the other program does: it multiplies matrices with all threads, and never ends."""
+    a = torch.randn(1500, 1500)
+    while True:
+        a @ a
+
+
 def compare(size: int) -> None:
-    print(f"{DEVICE}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; milliseconds a query")
-    print(f"{'':10}{'query':>8}{'loop':>9}{'ours':>9}{'x loop':>8}{'limit':>9}{'of limit':>10}{'exhaustive':>12}")
+    """One query at a time, all at once, and all at once beside another program, each against the arithmetic alone."""
+    print(f"{DEVICE}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; milliseconds a query, and in\n"
+          "brackets the part of the limit: the shortlists' operations at the rate of a 2048 x 1024 x 1024 product")
+    print(f"{'':10}{'query':>8}{'loop':>8}{'one at a time':>16}{'all at once':>16}{'x loop':>8}{'exhaustive':>12}"
+          f"{'busy: rate':>12}{'all at once':>13}{'exhaustive':>12}")
     base = {}
     for dtype in (torch.float32, torch.bfloat16):
         images, texts = make(size, 5 * size, 1024, dtype)
-        name, speed = str(dtype).removeprefix("torch."), rate(dtype)
-        exhaustive = seconds(lambda i=images[:20], t=texts: local_matrix(i, t), 2) / 20 * 1000
         padded = {side.kind: side.padded() for side in (images, texts)}
         for queries, corpus, k in ((images, texts, 50), (texts, images, 100)):
-            if dtype == torch.float32:  # the first 200 queries tell
-                part = queries[:200]
+            part = queries[:200]  # enough where the time of a query does not depend on their number
+            if dtype == torch.float32:
                 base[queries.kind] = seconds(lambda q=part, c=corpus, p=padded, k=k: loop(q, c, p, k), 2) / len(part)
-            ours = seconds(lambda q=queries, c=corpus, k=k: search(q, c, k)) / len(queries)
-            indices = search(queries, corpus, k)[0]
+
+            def single(part=part, corpus=corpus, k=k) -> None:
+                for row in range(len(part)):
+                    engines.search(part[row : row + 1], corpus, k)
+
+            def whole(queries=queries, corpus=corpus, k=k) -> None:
+                engines.search(queries, corpus, k)
+
+            def exhaustive(i=images[:20], t=texts) -> None:
+                local_matrix(i, t)
+
+            indices = engines.search(queries, corpus, k)[0]
             words = texts.lengths(indices.flatten()).sum() if corpus.kind == "text" else len(texts.tokens) * k
+            speed, one, ours, every = rate(dtype), seconds(single, 2), seconds(whole), seconds(exhaustive, 2)
             limit = 2 * 36 * 1024 * int(words) / speed / len(queries)
-            print(f"{name:10}{queries.kind:>8}{base[queries.kind] * 1e3:9.2f}{ours * 1e3:9.2f}"
-                  f"{base[queries.kind] / ours:8.1f}{limit * 1e3:9.3f}{limit / ours:10.2f}"
-                  f"{exhaustive / len(queries) * 1e3:12.2f}", flush=True)
+            one, ours, every = one / len(part), ours / len(queries), every / 20 * size / len(queries)
+            other = subprocess.Popen([sys.executable, __file__, "--busy"])
+            try:
+                time.sleep(10)  # it has to import torch first
+                slower, beside, every2 = rate(dtype) / speed, seconds(whole), seconds(exhaustive, 2)
+            finally:
+                other.kill()
+                other.wait()
+            print(f"{str(dtype).removeprefix('torch.'):10}{queries.kind:>8}{base[queries.kind] * 1e3:8.2f}"
+                  f"{one * 1e3:9.2f} ({limit / one:.2f}){ours * 1e3:9.2f} ({limit / ours:.2f})"
+                  f"{base[queries.kind] / ours:8.1f}{every * 1e3:12.2f}{slower:12.2f}"
+                  f"{beside / len(queries) * 1e3:13.2f}{every2 / 20 * size / len(queries) * 1e3:12.2f}", flush=True)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
-    print("x loop: queries a second against the loop in float32; limit: the shortlists' operations at the rate of a\n"
-          "2048 x 1024 x 1024 product; exhaustive: local similarity with the whole corpus, in blocks")
 
 
 def grow(out: Path, dim: int = 256, k: int = 100) -> None:
@@ -125,7 +151,7 @@ def grow(out: Path, dim: int = 256, k: int = 100) -> None:
     print(f"{'N':>8}{'two-stage':>11}{'stage 1':>9}{'exhaustive':>12}")
     for size in sizes:
         images, texts = make(size, 64, dim, torch.bfloat16)
-        two, one = (seconds(lambda w=w, i=images, t=texts: search(t, i, k, w, local_of=FAST)) / 64 * 1e3
+        two, one = (seconds(lambda w=w, i=images, t=texts: engines.search(t, i, k, w)) / 64 * 1e3
                     for w in (10.0, 0.0))
         exhaustive = sum(seconds(lambda p=part, t=texts: local_matrix(p, t), 2)
                          for part in (images[at : at + 1000] for at in range(0, min(size, 3000), 1000)))
@@ -153,7 +179,7 @@ def million(dim: int = 128, k: int = 100, size: int = 1_000_000) -> None:
     print(f"{'at once':>8}{'two-stage':>11}{'stage 1':>9}{'floor':>9}")
     for count in (1, 32, 1024):
         query = texts[:count]
-        two, one = (seconds(lambda w=w, q=query: search(q, images, k, w, local_of=FAST)) / count * 1e3
+        two, one = (seconds(lambda w=w, q=query: engines.search(q, images, k, w)) / count * 1e3
                     for w in (10.0, 0.0))
         gathered = count * k * 36 * dim
         read = size * dim * 4 + 2 * gathered
@@ -169,8 +195,11 @@ if __name__ == "__main__":
     arguments.add_argument("--out", type=Path, default=Path("growth.png"), help="the picture of --grow")
     arguments.add_argument("--images", type=int, default=1000, help="images of the comparison (default 1000)")
     arguments.add_argument("--million", action="store_true", help="a million images, a few captions at once")
+    arguments.add_argument("--busy", action="store_true", help="be the other program: multiply matrices, never end")
     given = arguments.parse_args()
-    if given.grow:
+    if given.busy:
+        busy()
+    elif given.grow:
         grow(given.out)
     elif given.million:
         million()

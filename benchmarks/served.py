@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import engines, index, push, served  # noqa: E402
-from retrieve import Embeddings, search  # noqa: E402
+from retrieve import Embeddings  # noqa: E402
 
 TOKENS = {"image": 36, "text": 12}
 SHORTLIST = {"image": 100, "text": 50}
@@ -81,8 +81,7 @@ def main() -> None:
         opened, ours = served.load(f"qdrant:{folder}"), index.load(disk)
         for kind, corpus, own in (("image", opened.images, ours.images), ("text", opened.texts, ours.texts)):
             queries = make("text" if kind == "image" else "image", np.arange(-QUERIES, 0))
-            here, ms_here = answers(partial(search, corpus=own, shortlist=SHORTLIST[kind],
-                                            local_of=engines.local_of_pairs), queries)
+            here, ms_here = answers(partial(engines.search, corpus=own, shortlist=SHORTLIST[kind]), queries)
             there, ms_there = answers(partial(corpus.search, shortlist=SHORTLIST[kind], weight=10.0, reduction="sum"),
                                       queries)
             on_disk = sum(file.stat().st_size for file in disk.glob(f"{kind}.*"))

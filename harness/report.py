@@ -12,7 +12,7 @@ from transformers import BertTokenizer
 
 import data
 import retrieve
-from harness import figures
+from harness import engines, figures
 from harness.settings import Settings
 from retrieve import Embeddings
 from sources.files import write_json
@@ -34,7 +34,7 @@ def measure(model: nn.Module, split: data.Split, words: list[np.ndarray], settin
     texts = retrieve.encode(model, data.text_batches(words, 256), "text", len(split.captions), device, precision)
     seconds = retrieve.now(torch.device(device)) - start
     images, texts = images.to(dtype=dtype), texts.to(dtype=dtype)
-    options = search_options(settings)
+    options = search_options(settings) | {"find": engines.search}
     result = retrieve.evaluate(images, texts, split.image_of, exhaustive=exhaustive, **options)
     result["seconds"]["encode"] = seconds
     if settings.run.dataset == "coco" and exhaustive and len(images) == 5000:
@@ -77,7 +77,7 @@ def shortlists(images: Embeddings, texts: Embeddings, image_of: Sequence[int], l
     """Two-stage metrics and seconds for several lengths K of the shortlist, the same K in both directions."""
     lines = []
     for k in lengths:
-        result = retrieve.evaluate(images, texts, image_of, (k, k), weight, reduction, exhaustive=False)
+        result = retrieve.evaluate(images, texts, image_of, (k, k), weight, reduction, False, engines.search)
         lines.append({"k": k, "seconds": result["seconds"]["two_stage"], **result["two_stage"]})
     return lines
 

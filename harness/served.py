@@ -54,7 +54,7 @@ class Side:
             else:
                 ids = rows.unique()
                 few = self.fetched(ids.tolist())  # it holds each query's shortlist, so its nearest are the same
-                places, scores = retrieve.search(block, few, rows.shape[1], weight, reduction, engines.local_of_pairs)
+                places, scores = engines.search(block, few, rows.shape[1], weight, reduction)
                 found.append((ids[places], scores, (block.globals[:, None] * few.globals[places]).sum(2)))
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 

@@ -40,13 +40,12 @@ def brute_force(query: int, queries: Embeddings, corpus: Embeddings, k: int, wei
     return sorted(out, reverse=True)
 
 
-@pytest.mark.parametrize("queries, piece", [(1024, 64), (3, 1), (5, 4)])
+@pytest.mark.parametrize("block, piece", [(2**26, 512), (5 * 1024, 3), (1, 40)])
 @pytest.mark.parametrize("k", [1, 4, 100])
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_search_equals_brute_force(corpus, direction, k, queries, piece, monkeypatch):
+def test_search_equals_brute_force(corpus, direction, k, block, piece, monkeypatch):
     """Ragged words and regions, duplicates, a list longer than the corpus; many blocks, the last ones short."""
-    monkeypatch.setattr(retrieve, "QUERIES", queries)
-    monkeypatch.setattr(retrieve, "BLOCK", 5 * queries)
+    monkeypatch.setattr(retrieve, "BLOCK", block)
     monkeypatch.setattr(retrieve, "PIECE", piece)
     asked, found = corpus if direction == "i2t" else corpus[::-1]
     indices, scores = retrieve.search(asked, found, shortlist=k, weight=2.0)
@@ -81,6 +80,23 @@ def test_the_engine_for_speed_finds_what_the_readable_search_finds(corpus, share
                 want = retrieve.search(asked, found, 5, 2.0, reduction)
                 ours = retrieve.search(asked, found, 5, 2.0, reduction, engines.local_of_pairs)
                 assert torch.allclose(ours[1], want[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_several_threads_find_what_one_finds_and_leave_the_number_of_threads_as_it_was(corpus, threads, monkeypatch):
+    monkeypatch.setattr(engines, "QUERIES", 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for queries, found in (corpus, corpus[::-1]):
+            for asked in (queries, queries[:1], queries[2:5]):
+                want, ours = retrieve.search(asked, found, 5, 2.0), engines.search(asked, found, 5, 2.0)
+                assert torch.allclose(ours[1], want[1], atol=1e-5) and ours[0].shape == want[0].shape
+        with pytest.raises(ValueError, match="empty"):
+            engines.search(queries, found, 0)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

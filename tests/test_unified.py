@@ -6,6 +6,8 @@ from test_user import TINY_BERT, make_batch
 from transformers import BertConfig, BertModel
 
 import losses
+import tgdt
+import train
 import unified
 import user
 
@@ -49,7 +51,7 @@ def test_untrained_the_fine_level_changes_nothing():
 
 @torch.inference_mode()
 def test_padding_and_the_other_rows_change_nothing():
-    model, batch = make_model(), boxed()
+    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
     wider = boxed(regions=7, words=12)
     alone = {name: value[1:2] for name, value in batch.items()}
     for side, in_wider, by_itself in zip(encoded(model, batch), encoded(model, wider), encoded(model, alone),
@@ -71,7 +73,7 @@ def test_words_are_counted_without_the_special_pieces():
 
 
 def test_boxes_are_seen_by_the_fine_tokens_alone():
-    model, batch = make_model(), boxed()
+    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
     moved = batch | {"boxes": batch["boxes"].flip(2)}
     here, there = model.encode_images(batch), model.encode_images(moved)
     assert torch.equal(here.globals, there.globals) and torch.equal(here.plain, there.plain)
@@ -96,3 +98,38 @@ def test_one_gradient_step_of_the_whole_loss_reaches_every_weight():
     losses.unified_loss(images, texts, torch.arange(3), None, {}).backward()
     unused = [name for name, weight in model.named_parameters() if weight.grad is None]
     assert unused == []
+
+
+def test_captions_in_groups_of_like_length_are_encoded_as_all_at_once():
+    """Also their gradients, and the order. Groups of the unified model have fine and plain tokens, padded alike."""
+    model, rng = make_model(), torch.Generator().manual_seed(2)
+    lengths = torch.randint(3, 12, (170,), generator=rng)
+    lengths[5] = 12
+    mask = torch.arange(12) < lengths[:, None]
+    batch = {"word_ids": torch.randint(5, 90, mask.shape, generator=rng) * mask, "word_mask": mask}
+    sizes, gradients = [], []
+
+    def watched(part: dict) -> tgdt.Encoded:
+        sizes.append(part["word_ids"].shape)
+        return model.encode_texts(part)
+
+    whole, grouped = model.encode_texts(batch), train.by_length(watched, batch)
+    assert len(sizes) == 4 and sum(rows for rows, _ in sizes) == 170 and sizes[0][1] < sizes[-1][1] == 12
+    assert torch.equal(whole.mask, grouped.mask) and torch.allclose(whole.globals, grouped.globals, atol=1e-5)
+    for name in ("tokens", "plain"):
+        ours, want = getattr(grouped, name), getattr(whole, name)
+        assert ours.shape == want.shape and torch.allclose(ours[whole.mask], want[whole.mask], atol=1e-5)
+    for side in (whole, grouped):
+        model.zero_grad()
+        (side.globals.sum() + (side.tokens * side.plain)[side.mask].sum()).backward()
+        gradients.append(model.project_words.weight.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_keys_of_the_unified_model_are_its_coarse_vectors():
+    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
+    momentum = user.MomentumContrast(model, 8, 20)
+    keys = train.momentum_keys(momentum, batch, "float32")
+    images, texts = encoded(model, batch)
+    assert torch.allclose(keys.text, texts.globals) and torch.allclose(keys.image, images.globals[batch["image_row"]])
