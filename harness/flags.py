@@ -96,6 +96,13 @@ def workers(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The value of --port."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 65,535")
+    return int(text)
+
+
 def pieces(text: str) -> int:
     """The value of --pieces."""
     if not text.isdecimal() or not 1 <= int(text) <= 16_384:
@@ -177,9 +184,9 @@ def place(text: str) -> Path | str:
 
 
 def search_parser() -> Parser:
-    """The parser of `retrieve.py`: evaluate, index, search."""
+    """The parser of `retrieve.py`: evaluate, index, search, page."""
     out = Parser(prog="retrieve.py", description=ABOUT_SEARCH)
-    commands = out.add_subparsers(required=True, dest="command", metavar="evaluate | index | search")
+    commands = out.add_subparsers(required=True, dest="command", metavar="evaluate | index | search | page")
     shared = Parser(add_help=False)
     shared.add_argument("--split", choices=("train", "val", "test"),
                         help="which split (default test, val where there is none)")
@@ -223,6 +230,15 @@ def search_parser() -> Parser:
     three.add_argument("--json", action="store_true", help="a line of JSON a query, for programs")
     three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found")
     three.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
+    four = commands.add_parser("page", parents=[shared], help="search in a browser (needs Gradio)",
+                               description="Open a page to search a split or an index in a browser, see docs/page.md.")
+    four.add_argument("run", type=place, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
+    four.add_argument("second", type=place, nargs="?", metavar="SECOND", help="another one, shown beside it")
+    four.add_argument("--host", type=not_empty, default="127.0.0.1", metavar="ADDRESS",
+                      help="who can open the page: 127.0.0.1, the default, is this machine alone; 0.0.0.0 is everyone "
+                      "who can reach it")
+    four.add_argument("--port", type=port, metavar="N", help="default: the first free one from 7860 on")
+    four.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
     return out
 
 
@@ -233,6 +249,6 @@ def parse_search(argv: list[str] | None = None) -> argparse.Namespace:
 def run_search(argv: list[str] | None = None) -> int:
     """The command of `retrieve.py`. Returns its exit code."""
     options = parse_search(argv)
-    from harness import search  # after the flags, so that --help need not wait for it
+    from harness import page, search  # after the flags, so that --help need not wait for them
 
-    return search.run(options)
+    return page.run(options) if options.command == "page" else search.run(options)
