@@ -1,6 +1,7 @@
 """Where does the time of a training step go, and how far is it from the arithmetic alone?
 
-    OMP_NUM_THREADS=1 python benchmarks/step.py        # the small presets for photographs; two minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/step.py             # the small presets for photographs; two minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/step.py --padded    # all captions of a batch padded to the longest
 
 Random numbers in the shapes of Flickr8K: 32 images of 36 regions of 1,280 numbers and 160 captions of 6 to 40 word
 pieces, and a BERT of MiniLM's size (6 layers, 384 wide) with random weights. The limit is the time in which the step's
@@ -64,6 +65,8 @@ def measure(name: str, precision: str, batch: dict[str, torch.Tensor], steps: in
     def share(branch, batch):
         """Times the encoders inside the loss; those of the momentum copy have no gradients."""
         phase = "captions" if branch.func is train.by_length else "images"
+        if phase == "captions" and "--padded" in sys.argv:
+            branch = branch.args[0]  # what by_length calls with each group
         return timed(phase if torch.is_grad_enabled() else "momentum", branch, batch)
 
     def step() -> None:

@@ -26,7 +26,7 @@ from harness import console, engines, figures, index, models, pictures, push, qd
 from harness import folder as folders
 from harness import settings as settings_
 from harness.settings import Settings
-from retrieve import Embeddings, encode, search
+from retrieve import Embeddings, encode
 from sources import layouts, photos
 from sources.files import BadInput, explained
 from sources.store import facts
@@ -224,7 +224,7 @@ def answer(run: Searched, query: Embeddings, corpus: Embeddings, names: list[str
         rows, scores, coarse = (found[:, :top] for found in corpus.search(query, *options))
     else:
         query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the processor
-        rows, scores = (found[:, :top] for found in search(query, corpus, *options, engines.local_of_pairs))
+        rows, scores = (found[:, :top] for found in engines.search(query, corpus, *options))
         coarse = (query.globals[:, None] * corpus.globals[rows]).sum(2)
     rows, scores, coarse = rows.cpu(), scores.cpu(), coarse.cpu()
     fine = (scores - coarse) / weight if weight else torch.zeros_like(scores)

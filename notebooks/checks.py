@@ -120,3 +120,31 @@ def gpo(function: Callable) -> bool:
             weights = pool.pooling_weights(real.sum()[None], 6)[0]
             cases.append((about, (tokens, real, weights), pool(tokens[None], real[None])[0]))
     return try_out(function, cases)
+
+
+def leaks(function: Callable) -> bool:
+    """leaks(train [N, F], test [M, F], threshold) -> [M] bool, True where some cosine is above the threshold."""
+    draw, cases = torch.Generator().manual_seed(0), []
+    for about, shift, lengths in (("plain vectors", 0.0, 1.0), ("vectors of many lengths", 0.0, 20.0),
+                                  ("features without a sign", 2.0, 1.0)):
+        train, test = torch.randn(6, 9, generator=draw) + shift, torch.randn(5, 9, generator=draw) + shift
+        test[1:3] = train[[4, 0]] + 0.1 * torch.randn(2, 9, generator=draw)  # near-duplicates
+        test = test * (1 + lengths * torch.rand(5, 1, generator=draw))
+        cosine = torch.nn.functional.normalize(test, dim=1) @ torch.nn.functional.normalize(train, dim=1).T
+        cases += [(f"{about}, threshold {threshold}", (train, test, threshold), (cosine > threshold).any(1))
+                  for threshold in (0.5, 0.95)]
+    return try_out(function, cases)
+
+
+def paired_interval(function: Callable) -> bool:
+    """paired_interval(a, b, t) -> (low, high): Student's interval of the mean of a - b, seed by seed."""
+    draw, cases = torch.Generator().manual_seed(0), []
+    for about, noise in (("seeds that move both alike", 0.5), ("seeds that move each on its own", 5.0)):
+        for count, t in ((2, 12.71), (3, 4.30), (5, 2.78)):
+            seeds = 250 + 10 * torch.randn(count, generator=draw, dtype=torch.float64)
+            a, b = (seeds + noise * torch.randn(count, generator=draw, dtype=torch.float64) for _ in range(2))
+            gains = a - b
+            reach = t * gains.std() / count**0.5
+            cases.append((f"{count} seeds, {about}", (a.tolist(), b.tolist(), t),
+                          [gains.mean() - reach, gains.mean() + reach]))
+    return try_out(function, cases)

@@ -20,7 +20,6 @@ import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -28,6 +27,11 @@ from IPython.display import display
 from IPython.utils.capture import capture_output
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
+
+try:
+    import ipywidgets
+except ImportError:  # then the pictures stand still
+    ipywidgets = None
 
 IMAGE = "#005AB5"    # blue: the image side, and an image that looks for captions
 TEXT = "#882255"     # wine: the text side, and a caption that looks for images
@@ -46,7 +50,8 @@ LOOKS = ({"color": "black", "ls": "-", "marker": "o"},      # things that are co
          {"color": "#aaaaaa", "ls": "-.", "marker": "D"})
 
 DPI, WIDEST = 100, 9.0  # 900 pixels
-LIVE = "JPY_SESSION_NAME" in os.environ  # set by Jupyter's server; not when a notebook is run as a script
+# Jupyter's server sets the name; it is not there when a notebook is run as a script.
+LIVE = ipywidgets is not None and "JPY_SESSION_NAME" in os.environ
 plt.rcParams.update({
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
@@ -93,6 +98,17 @@ def slider(draw: Callable, **choices) -> None:
         display(ipywidgets.interactive(draw, **choices))
     else:
         say(f"*In a running notebook, controls for {', '.join(choices)} stand here.*")
+
+
+def inputs(values: dict) -> None:
+    """A field for each number of a dictionary; what is typed goes into it. Nothing where the notebook isn't running."""
+    if not LIVE:
+        return
+    for name, value in values.items():
+        field = ipywidgets.FloatText(value=value or 0.0, description=name, layout={"width": "36em"},
+                                     style={"description_width": "28em"})
+        field.observe(lambda change, name=name: values.update({name: change["new"]}), "value")
+        display(field)
 
 
 def answer(function: Callable, *arguments) -> None:
