@@ -459,6 +459,10 @@ CLAIMS = {
     "10 InfoNCE on the plain tokens too, or not": ("unified, averaged", "unified, averaged, fine tokens alone"),
     "10 the fine level's gradients cut off, or not": ("unified, averaged", "unified, averaged, attached"),
     "10 one layer in the fine level, or two": ("unified, averaged", "unified, averaged, --local-layers 2"),
+    "10 CMC's hinge on the fine tokens too, or not": ("unified, averaged, hinge too", "unified, averaged"),
+    "10 the fine level sees the cells' boxes, or none": ("unified, averaged, grid boxes", "unified, averaged"),
+    "10 its fine level teaches the coarse one, or not": ("unified, averaged, distilled", "unified, averaged"),
+    "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
     "10 InfoNCE beside UTO, or not; both USER": ("user, no guide, averaged, InfoNCE", "user, no guide, averaged"),
     "10 InfoNCE beside CMC, or not; both TGDT": ("tgdt, averaged, InfoNCE", "tgdt, averaged"),
@@ -474,6 +478,11 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "captions of an image far apart, or one shuffle of all": (
         "user, no guide, averaged, one caption an image", "user, no guide, averaged, shuffle"),
     "GPO starts as the mean, or at random": ("user, no guide, averaged, mean first", "user, no guide, averaged"),
+    "the mean in place of GPO, or GPO": ("user, no guide, averaged, mean pooling", "user, no guide, averaged"),
+    "GPO at a temperature of 1, or of 0.1": ("user, no guide, averaged, broad pooling", "user, no guide, averaged"),
+    "GPO's score learnt at a tenth of the rate, or not": (
+        "user, no guide, averaged, slow pooling", "user, no guide, averaged"),
+    "GPO with its entropy in the loss, or without": ("user, no guide, averaged, entropy", "user, no guide, averaged"),
     "a reward below 0, or none": ("user, no guide", "user, no guide, reward floor"),
     "keys encoded in eval mode, or in training mode": ("user, no guide", "user, no guide, keys in training"),
     "a momentum that grows, or a constant one": ("user, no guide", "user, no guide, cold momentum"),

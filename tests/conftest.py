@@ -1,4 +1,5 @@
 """What several test files train on: a tiny BERT, a tiny SCAN folder, and the flags that name them."""
+import signal
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,8 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPI
 
 from harness import figures
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background, or nohup,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)               # has them ignore these signals, which some tests send
 torch.set_num_threads(1)  # the tests make small products, for which a second thread costs more than it gives
 
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
