@@ -51,7 +51,7 @@ def test_untrained_the_fine_level_changes_nothing():
 
 @torch.inference_mode()
 def test_padding_and_the_other_rows_change_nothing():
-    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
+    model, batch = make_model(), boxed()
     wider = boxed(regions=7, words=12)
     alone = {name: value[1:2] for name, value in batch.items()}
     for side, in_wider, by_itself in zip(encoded(model, batch), encoded(model, wider), encoded(model, alone),
@@ -73,7 +73,7 @@ def test_words_are_counted_without_the_special_pieces():
 
 
 def test_boxes_are_seen_by_the_fine_tokens_alone():
-    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
+    model, batch = make_model(), boxed()
     moved = batch | {"boxes": batch["boxes"].flip(2)}
     here, there = model.encode_images(batch), model.encode_images(moved)
     assert torch.equal(here.globals, there.globals) and torch.equal(here.plain, there.plain)
