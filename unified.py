@@ -6,9 +6,10 @@
                                                   -> fine level = fine word tokens
 
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from the tokens that late interaction aligns.
-InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. A fine level of its own makes
-re-ranking worthwhile, and it reads the tokens without their gradients, so that it cannot harm the coarse vectors.
-docs/claims.md has the measurements behind these choices.
+InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. With a frozen text encoder, a
+fine level of its own makes re-ranking worthwhile. It reads the tokens without their gradients, so that it cannot harm
+the coarse vectors. docs/claims.md has the measurements behind these choices, and docs/results.md says that the model
+falls behind USER once BERT is fine-tuned.
 """
 from __future__ import annotations
 
