@@ -27,7 +27,6 @@ from operator import call
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import losses
 from tgdt import Encoded
@@ -48,9 +47,18 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
         return encode_texts(batch)
     parts = [encode_texts({name: batch[name][rows, : int(lengths[rows].max())] for name in ("word_ids", "word_mask")})
              for rows in groups]
-    return Encoded(*(None if part[0] is None else
-                     pad_sequence([row for rows in part for row in rows], batch_first=True)[order.argsort()]
-                     for part in zip(*parts, strict=True)))
+    back = order.argsort()
+    return Encoded(*(None if part[0] is None else below_one_another(part)[back] for part in zip(*parts, strict=True)))
+
+
+def below_one_another(parts: tuple[Tensor, ...]) -> Tensor:
+    """[b, w, ...] with a width w of each part -> [sum of all b, the greatest w, ...], filled up with zeros.
+
+    (`pad_sequence` does this too, but its backward pass copies the whole result once a row.)
+    """
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], 1)
+                      for part in parts])
 
 
 def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share: Callable = call,
