@@ -6,10 +6,10 @@
                                                   -> fine level = fine word tokens
 
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from the tokens that late interaction aligns.
-InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. With a frozen text encoder, a
-fine level of its own makes re-ranking worthwhile. It reads the tokens without their gradients, so that it cannot harm
-the coarse vectors. docs/claims.md has the measurements behind these choices, and docs/results.md says that the model
-falls behind USER once BERT is fine-tuned.
+InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. A fine level of its own makes
+re-ranking worthwhile. How much of its gradient reaches the tokens below is a setting: on photographs the coarse vectors
+are best without it, on the built-in scenes the fine tokens are best with all of it. docs/claims.md has the
+measurements behind these choices.
 """
 from __future__ import annotations
 
@@ -22,53 +22,54 @@ from tgdt import Encoded, box_geometry
 from user import USER
 
 
-class FineLevel(nn.Module):
-    """A pre-norm transformer encoder over tokens, without gradients to what is below.
+def fine_level(dim: int, layers: int, heads: int, feedforward: int, dropout: float) -> nn.TransformerEncoder:
+    """A pre-norm transformer encoder over tokens, [B, T, D] -> [B, T, D].
 
     The last weights of each layer start at zero, so that at first it returns the tokens as they are.
     """
-
-    def __init__(self, dim: int, layers: int, heads: int, feedforward: int, dropout: float):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(dim, heads, feedforward, dropout, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        for layer in self.encoder.layers:
-            for last in (layer.self_attn.out_proj, layer.linear2):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-
-    def forward(self, tokens: Tensor, mask: Tensor, added: Tensor | float = 0.0) -> Tensor:
-        """tokens [B, T, D], mask [B, T] bool; added [B, T, D], what the tokens do not say -> [B, T, D]."""
-        return self.encoder(tokens.detach() + added, src_key_padding_mask=~mask)
+    layer = nn.TransformerEncoderLayer(dim, heads, feedforward, dropout, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+    for layer in encoder.layers:
+        for last in (layer.self_attn.out_proj, layer.linear2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    return encoder
 
 
 class Unified(USER):
     """USER with a fine level (`layers`, `heads`, `feedforward` and `dropout` are the fine level's).
 
-    The fine level of the images also sees where the regions lie, which the coarse vectors do not.
+    The fine level of the images also sees where the regions lie, which the coarse vectors do not. fine_gradient: the
+    share of the fine level's gradient that reaches the tokens below, 0 to 1. With 0 it cannot harm the coarse vectors.
     """
 
     def __init__(
         self, bert: nn.Module, feature_dim: int = 2048, dim: int = 1024, guide: nn.Module | None = None,
-        layers: int = 1, heads: int = 4, feedforward: int = 2048, dropout: float = 0.1,
+        layers: int = 1, heads: int = 4, feedforward: int = 2048, dropout: float = 0.1, fine_gradient: float = 0.0,
     ):
         super().__init__(bert, feature_dim, dim, guide)
+        self.fine_gradient = fine_gradient
         self.geometry = nn.Linear(5, dim)
         nn.init.zeros_(self.geometry.weight)
         nn.init.zeros_(self.geometry.bias)
-        self.fine_regions = FineLevel(dim, layers, heads, feedforward, dropout)
-        self.fine_words = FineLevel(dim, layers, heads, feedforward, dropout)
+        self.fine_regions = fine_level(dim, layers, heads, feedforward, dropout)
+        self.fine_words = fine_level(dim, layers, heads, feedforward, dropout)
+
+    def below(self, plain: Tensor) -> Tensor:
+        """The plain tokens as the fine level reads them: the same values, a share of the gradient."""
+        return self.fine_gradient * plain + (1 - self.fine_gradient) * plain.detach()
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens and plain tokens [B, R, D], one a region; mask [B, R]."""
         plain, mask = self.region_tokens(batch)                                                 # [B, R, D]
-        fine = self.fine_regions(plain, mask, self.geometry(box_geometry(batch["boxes"])))      # [B, R, D]
+        placed = self.below(plain) + self.geometry(box_geometry(batch["boxes"]))                # [B, R, D]
+        fine = self.fine_regions(placed, src_key_padding_mask=~mask)                            # [B, R, D]
         globals_ = F.normalize(self.image_pool(plain, mask), dim=1)
         return Encoded(globals_, F.normalize(fine, dim=2), mask, F.normalize(plain, dim=2))
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens and plain tokens [B, W - 2, D], one a word piece, without [CLS] and [SEP]; mask."""
         plain, mask = self.word_tokens(batch)                                                   # [B, W, D]
-        fine = self.fine_words(plain, mask)                                                     # [B, W, D]
+        fine = self.fine_words(self.below(plain), src_key_padding_mask=~mask)                   # [B, W, D]
         globals_ = F.normalize(self.text_pool(plain, mask), dim=1)
         return Encoded(globals_, F.normalize(fine[:, 1:-1], dim=2), mask[:, 2:], F.normalize(plain[:, 1:-1], dim=2))

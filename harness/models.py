@@ -76,7 +76,7 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
         return user.USER(bert, feature_dim, shape.dim, guide)
     if settings.run.model == "tgdt-user":
         return unified.Unified(bert, feature_dim, shape.dim, guide, shape.local_layers, shape.heads, shape.feedforward,
-                               shape.dropout)
+                               shape.dropout, shape.fine_gradient)
     return tgdt.TGDT(
         bert, feature_dim, shape.dim, shape.region_width or None, shape.region_layers, shape.local_layers,
         shape.global_layers, shape.heads, shape.feedforward, shape.dropout,

@@ -12,10 +12,10 @@ import unified
 import user
 
 
-def make_model(trained: bool = True) -> unified.Unified:
+def make_model(trained: bool = True, fine_gradient: float = 0.0) -> unified.Unified:
     torch.manual_seed(0)
     bert = BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False)
-    model = unified.Unified(bert, 12, 8, layers=2, heads=2, feedforward=16)
+    model = unified.Unified(bert, 12, 8, layers=2, heads=2, feedforward=16, fine_gradient=fine_gradient)
     if trained:  # nothing is zero any more
         for weight in [*model.geometry.parameters(), *model.fine_regions.parameters(), *model.fine_words.parameters()]:
             torch.nn.init.normal_(weight, std=0.5)
@@ -80,16 +80,31 @@ def test_boxes_are_seen_by_the_fine_tokens_alone():
     assert not torch.allclose(here.tokens[here.mask], there.tokens[there.mask], atol=1e-3)
 
 
-@pytest.mark.parametrize("level, reaches_below", [("tokens", False), ("plain", True), ("globals", True)])
-def test_the_gradient_of_the_fine_tokens_stops_at_the_fine_level(level, reaches_below):
-    model = make_model().train()
+@pytest.mark.parametrize("level", ["tokens", "plain", "globals"])
+def test_a_level_trains_what_is_below_it_and_nothing_above(level):
+    model = make_model(fine_gradient=1).train()
     for side in encoded(model, boxed()):
         getattr(side, level).sum().backward()
-    below = [weight.grad for name, weight in model.named_parameters()
-             if not name.startswith(("fine", "geometry")) and weight.grad is not None]
-    fine = [weight.grad for name, weight in model.named_parameters() if name.startswith("fine")]
-    assert any(part.abs().max() > 0 for part in below) == reaches_below
-    assert all(part is not None for part in fine) == (level == "tokens")
+    moved = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
+    assert {"project", "mlp_out", "bert", "project_words"} <= moved
+    assert ({"fine_regions", "fine_words", "geometry"} <= moved) == (level == "tokens")
+    assert ({"image_pool", "text_pool"} <= moved) == (level == "globals")
+
+
+def test_the_share_of_the_fine_gradient_that_goes_below():
+    """It changes no value, and scales the gradient of what is below the fine level, but not that of the fine level."""
+    below, within, tokens = [], [], []
+    for share in (1.0, 0.25, 0.0):
+        model = make_model(fine_gradient=share)
+        for side in encoded(model, boxed()):
+            (side.tokens[..., 0] * side.mask).sum().backward()
+            tokens.append(side.tokens)
+        below.append(torch.cat([model.project.weight.grad, model.project_words.weight.grad], 1))
+        within.append(model.fine_words.layers[0].linear1.weight.grad)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(tokens, tokens[2:], strict=False))
+    assert below[0].abs().max() > 1e-3 and torch.allclose(0.25 * below[0], below[1], atol=1e-6)
+    assert below[2].abs().max() == 0
+    assert torch.allclose(within[0], within[1], atol=1e-6) and torch.allclose(within[0], within[2], atol=1e-6)
 
 
 def test_one_gradient_step_of_the_whole_loss_reaches_every_weight():
