@@ -438,10 +438,17 @@ CLAIMS = {
     "10 re-ranked, or its coarse level alone": ("unified, averaged", "unified, averaged: global"),
     "10 with a fine level, or the plain tokens alone": ("unified, averaged", "unified, averaged, plain tokens alone"),
     "10 InfoNCE on the plain tokens too, or not": ("unified, averaged", "unified, averaged, fine tokens alone"),
-    "10 the fine level's gradient cut off, or not": ("unified, averaged", "unified, averaged, --fine-gradient 1"),
-    "10 one layer in the fine level, or two": ("unified, averaged", "unified, averaged, --local-layers 2"),
-    "10 CMC's hinge on the fine tokens too, or not": ("unified, averaged, hinge too", "unified, averaged"),
-    "10 the fine level sees the cells' boxes, or none": ("unified, averaged, grid boxes", "unified, averaged"),
+    "10 two layers in the fine level, or one": ("unified, averaged", "unified, averaged, --local-layers 1"),
+    "10 the fine level's gradient cut off, or whole": ("unified, averaged", "unified, averaged, --fine-gradient 1"),
+    "10 the same with one layer": (
+        "unified, averaged, --local-layers 1", "unified, averaged, --local-layers 1, --fine-gradient 1"),
+    "10 its gradient cut off, or 0.3 of it": ("unified, averaged", "unified, averaged, --fine-gradient 0.3"),
+    "10 0.3 of the fine level's gradient, or none": ("unified", "unified, --fine-gradient 0"),  # on scenes
+    "10 0.3 of it, or all": ("unified", "unified, --fine-gradient 1"),
+    "10 CMC's hinge on the fine tokens too, or not; one layer": (
+        "unified, averaged, --local-layers 1, hinge too", "unified, averaged, --local-layers 1"),
+    "10 the fine level sees the cells' boxes, or none; one layer": (
+        "unified, averaged, --local-layers 1, grid boxes", "unified, averaged, --local-layers 1"),
     "10 its fine level teaches the coarse one, or not": ("unified, averaged, distilled", "unified, averaged"),
     "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
