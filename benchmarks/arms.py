@@ -443,8 +443,8 @@ CLAIMS = {
     "10 the same with one layer": (
         "unified, averaged, --local-layers 1", "unified, averaged, --local-layers 1, --fine-gradient 1"),
     "10 its gradient cut off, or 0.3 of it": ("unified, averaged", "unified, averaged, --fine-gradient 0.3"),
-    "10 0.3 of the fine level's gradient, or none": ("unified", "unified, --fine-gradient 0"),  # on scenes
-    "10 0.3 of it, or all": ("unified", "unified, --fine-gradient 1"),
+    "10 the fine level's gradient whole, or cut off": ("unified", "unified, --fine-gradient 0"),  # on scenes
+    "10 the whole of it, or 0.3": ("unified", "unified, --fine-gradient 0.3"),
     "10 CMC's hinge on the fine tokens too, or not; one layer": (
         "unified, averaged, --local-layers 1, hinge too", "unified, averaged, --local-layers 1"),
     "10 the fine level sees the cells' boxes, or none; one layer": (

@@ -18,7 +18,7 @@ SMALL_SCENES = dict(  # words learnt from scratch in three minutes on two cores;
     epochs=5, batch_size=72, captions_per_image=3, lr=1e-3, text_lr=1.0, warmup=100, schedule="linear", max_norm=20.0)
 UNIFIED = dict(  # no paper has this model: USER's rates, with what `unified.py` needs
     guide="none", reward_floor=False, infonce_weight=1.0, reduction="mean", local_layers=2, local_weight=0.5)
-UNIFIED_SCENES = dict(fine_gradient=0.3, temperature=0.01, local_weight=4.0)  # words are learnt from scratch
+UNIFIED_SCENES = dict(fine_gradient=1.0, temperature=0.01, local_weight=4.0)  # its words are learnt from scratch
 
 PRESETS = {  # what is changed from the defaults, first for the model, then for the dataset
     ("paper", "tgdt"):      ({},                           {"coco": PAPER_COCO, "scenes": PAPER_SCENES}),
