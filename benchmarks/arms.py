@@ -440,12 +440,13 @@ CLAIMS = {
     "10 InfoNCE on the plain tokens too, or not; one layer": (
         "unified, averaged, --local-layers 1", "unified, averaged, --local-layers 1, fine tokens alone"),
     "10 two layers in the fine level, or one": ("unified, averaged", "unified, averaged, --local-layers 1"),
-    "10 its fine level's gradient cut off, or whole": ("unified, averaged", "unified, averaged, --fine-gradient 1"),
-    "10 its gradient cut off, or whole; one layer": (
+    "10 the fine level's gradient cut off, or whole": ("unified, averaged", "unified, averaged, --fine-gradient 1"),
+    "10 the fine level's gradient cut off, or whole; one layer": (
         "unified, averaged, --local-layers 1", "unified, averaged, --local-layers 1, --fine-gradient 1"),
-    "10 its gradient cut off, or 0.3 of it": ("unified, averaged", "unified, averaged, --fine-gradient 0.3"),
-    "10 its gradient whole, or cut off": ("unified", "unified, --fine-gradient 0"),  # on scenes
-    "10 its gradient whole, or 0.3 of it": ("unified", "unified, --fine-gradient 0.3"),
+    "10 the fine level's gradient cut off, or 0.3 of it": (
+        "unified, averaged", "unified, averaged, --fine-gradient 0.3"),
+    "10 the fine level's gradient whole, or cut off": ("unified", "unified, --fine-gradient 0"),  # on scenes
+    "10 the fine level's gradient whole, or 0.3 of it": ("unified", "unified, --fine-gradient 0.3"),
     "10 CMC's hinge on the fine tokens too, or not; one layer": (
         "unified, averaged, --local-layers 1, hinge too", "unified, averaged, --local-layers 1"),
     "10 the fine level sees the cells' boxes, or none; one layer": (
