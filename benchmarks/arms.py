@@ -262,7 +262,7 @@ def entropy_of_pooling(model, momentum, batch, settings, precision="float32", ne
     loss = train.batch_loss(model, momentum, batch, settings, precision, negatives)
     for pool, mask in ((model.image_pool, batch["region_mask"]), (model.text_pool, batch["word_mask"])):
         weights = pool.pooling_weights(mask.sum(1), mask.shape[1])                              # [B, T]
-        loss = loss + torch.xlogy(weights, weights).sum(1).mean()
+        loss = loss + (weights * weights.clamp(min=1e-12).log()).sum(1).mean()  # finite, also in its gradient
     return loss
 
 
