@@ -48,11 +48,11 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
     parts = [encode_texts({name: batch[name][rows, : int(lengths[rows].max())] for name in ("word_ids", "word_mask")})
              for rows in groups]
     back = order.argsort()
-    return Encoded(*(None if part[0] is None else below_one_another(part)[back] for part in zip(*parts, strict=True)))
+    return Encoded(*(None if part[0] is None else pad_and_join(part)[back] for part in zip(*parts, strict=True)))
 
 
-def below_one_another(parts: tuple[Tensor, ...]) -> Tensor:
-    """[b, w, ...] with a width w of each part -> [sum of all b, the greatest w, ...], filled up with zeros.
+def pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:
+    """Parts [b, w, ...], each with its own b and w -> [sum of the b, greatest w, ...], padded with zeros.
 
     (`pad_sequence` does this too, but its backward pass copies the whole result once a row.)
     """

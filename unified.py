@@ -56,7 +56,7 @@ class Unified(USER):
         self.fine_words = fine_level(dim, layers, heads, feedforward, dropout)
 
     def below(self, plain: Tensor) -> Tensor:
-        """The plain tokens as the fine level reads them: the same values, a share of the gradient."""
+        """[B, T, D] -> [B, T, D]: the plain tokens as the fine level reads them, with a share of the gradient."""
         return self.fine_gradient * plain + (1 - self.fine_gradient) * plain.detach()
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:

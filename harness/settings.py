@@ -67,7 +67,7 @@ class Architecture:
     heads: Annotated[int, "attention heads of each encoder", (1, 64)] = 4
     feedforward: Annotated[int, "feed-forward width of each encoder", (1, 32768)] = 2048
     dropout: Annotated[float, "dropout in each encoder", (0, 0.99)] = 0.1
-    fine_gradient: Annotated[float, "share of the fine level's gradient that reaches the tokens", (0, 1)] = 0.0
+    fine_gradient: Annotated[float, "share of the fine level's gradient for the tokens (tgdt-user)", (0, 1)] = 0.0
 
 
 @dataclass
