@@ -91,14 +91,8 @@ def intra_consistency(image_global: Tensor, text_global: Tensor, margin: float =
 
 
 def cmc(
-    image_global: Tensor,
-    text_global: Tensor,
-    local: Tensor | None = None,
-    positives: Tensor | None = None,
-    margin: float = 0.2,
-    intra_margin: float = 0.3,
-    local_weight: float = 10.0,
-    negatives: str = "hardest",
+    image_global: Tensor, text_global: Tensor, local: Tensor | None = None, positives: Tensor | None = None,
+    margin: float = 0.2, intra_margin: float = 0.3, local_weight: float = 10.0, negatives: str = "hardest",
 ) -> Tensor:
     """Consistent multimodal contrastive loss: inter-modal on both levels, plus intra-modal (TGDT, CMC).
 
@@ -115,20 +109,25 @@ def cmc(
 # ------------------------------------------------------------------------------------------------- InfoNCE
 
 
-def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | None = None) -> Tensor:
+def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | None = None,
+             teacher: Tensor | None = None, distill: float = 0.0) -> Tensor:
     """InfoNCE, the loss of CLIP and before it of CPC; both directions summed, each a mean over the pairs.
 
     Each row is a question with B answers, and the one on the diagonal is right: the cross-entropy of
     softmax(s / temperature). So is each column. similarity: [B, B], images by captions. positives: [B, B] bool, all
     true pairs; those off the diagonal are left out of the sums, for they are neither the answer asked for nor wrong.
-    Returns a scalar.
+    teacher: [B, B], the same similarities by a better model. Its softmax makes up the share `distill` of what counts
+    as right, and the truth the rest (momentum distillation, ALBEF). Returns a scalar.
     """
-    diagonal = with_diagonal(similarity, None)
-    logits = similarity / temperature
-    if positives is not None:
-        logits = logits.masked_fill(positives & ~diagonal, float("-inf"))
-    answer = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)
+    truth = with_diagonal(similarity, None)
+    left_out = with_diagonal(similarity, positives) & ~truth
+    logits = (similarity / temperature).masked_fill(left_out, torch.finfo(similarity.dtype).min)
+    by_row = by_column = truth.to(logits.dtype)                                                     # [B, B]
+    if teacher is not None:
+        taught = (teacher.detach() / temperature).masked_fill(left_out, float("-inf"))
+        by_row = (1 - distill) * by_row + distill * taught.softmax(1)
+        by_column = (1 - distill) * by_column + distill * taught.T.softmax(1)
+    return F.cross_entropy(logits, by_row) + F.cross_entropy(logits.T, by_column)
 
 
 # ------------------------------------------------------------------------------------------------- USER: UTO
@@ -198,14 +197,8 @@ class Keys(NamedTuple):
 
 
 def uto(
-    image_global: Tensor,
-    text_global: Tensor,
-    keys: Keys | None = None,
-    positives: Tensor | None = None,
-    mu: float = 90.0,
-    gamma: float = 0.5,
-    batch_weight: float = 20.0,
-    reward_floor: bool = True,
+    image_global: Tensor, text_global: Tensor, keys: Keys | None = None, positives: Tensor | None = None,
+    mu: float = 90.0, gamma: float = 0.5, batch_weight: float = 20.0, reward_floor: bool = True,
 ) -> Tensor:
     """USER's objective: batch_weight * UTO on the batch + UTO on both queues (USER, UTO and momentum).
 
@@ -223,54 +216,63 @@ def uto(
 # ------------------------------------------------------------------------------------------ one loss a model
 
 
+def contrast(
+    images, texts, image_row: Tensor, reduction: str = "mean", infonce_weight: float = 0.0, temperature: float = 0.05,
+    distill: float = 0.0, teacher: tuple | None = None,
+) -> Tensor:
+    """InfoNCE on each level that a model has, summed: globals, plain tokens (the unified model), fine tokens.
+
+    teacher: the same images and texts, encoded by the momentum copy; for `distill` see `info_nce`. Returns a scalar.
+    """
+    if infonce_weight == 0:
+        return images.globals.new_zeros(())
+
+    def levels(images, texts) -> list[Tensor]:  # [B, B] each
+        tokens = [(images.plain, texts.plain), (images.tokens, texts.tokens)]
+        return [images.globals[image_row] @ texts.globals.T] + [
+            local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row]
+            for regions, words in tokens if regions is not None]
+
+    ours, positives = levels(images, texts), image_row[:, None] == image_row
+    taught = levels(*teacher) if teacher else [None] * len(ours)
+    return infonce_weight * sum(info_nce(similarity, temperature, positives, by_teacher, distill)
+                                for similarity, by_teacher in zip(ours, taught, strict=True))
+
+
 def tgdt_loss(
     images, texts, image_row: Tensor, margin: float = 0.2, intra_margin: float = 0.3, local_weight: float = 10.0,
-    reduction: str = "sum", negatives: str = "hardest", infonce_weight: float = 0.0, temperature: float = 0.05,
+    reduction: str = "sum", negatives: str = "hardest", **infonce,
 ) -> Tensor:
     """CMC of a batch of I images and B captions, as `--model tgdt` is trained (TGDT, CMC).
 
     images, texts: what the model encoded (`tgdt.Encoded`). image_row: [B] long, the row of `images` that each caption
-    belongs to; the captions of one image are all true pairs of it. infonce_weight: adds InfoNCE on both levels, as a
-    control of the unified model. Returns a scalar, a sum over the B pairs.
+    belongs to; the captions of one image are all true pairs of it. infonce: adds `contrast`, as a control of the
+    unified model. Returns a scalar, a sum over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
     local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)[image_row]   # [B, B]
     globals_ = images.globals[image_row], texts.globals
     loss = cmc(*globals_, local, positives, margin, intra_margin, local_weight, negatives)
-    if infonce_weight:
-        for level in (globals_[0] @ globals_[1].T, local):
-            loss = loss + infonce_weight * len(image_row) * info_nce(level, temperature, positives)
-    return loss
+    return loss + len(image_row) * contrast(images, texts, image_row, reduction, **infonce)
 
 
 def user_loss(
     images, texts, image_row: Tensor, keys: Keys | None = None, mu: float = 90.0, gamma: float = 0.5,
-    batch_weight: float = 20.0, reward_floor: bool = True, infonce_weight: float = 0.0, temperature: float = 0.05,
+    batch_weight: float = 20.0, reward_floor: bool = True, **infonce,
 ) -> Tensor:
     """UTO of a batch of I images and B captions, as `--model user` is trained (USER, UTO and momentum contrast).
 
-    images, texts, image_row: as in `tgdt_loss`; only the globals are used. infonce_weight: adds InfoNCE on the globals.
-    Returns a scalar, a mean over the B pairs.
+    images, texts, image_row: as in `tgdt_loss`. infonce: adds `contrast`. Returns a scalar, a mean over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
-    globals_ = images.globals[image_row], texts.globals
-    loss = uto(*globals_, keys, positives, mu, gamma, batch_weight, reward_floor)
-    if infonce_weight:
-        loss = loss + infonce_weight * info_nce(globals_[0] @ globals_[1].T, temperature, positives)
-    return loss
+    loss = uto(images.globals[image_row], texts.globals, keys, positives, mu, gamma, batch_weight, reward_floor)
+    return loss + contrast(images, texts, image_row, **infonce)
 
 
-def unified_loss(
-    images, texts, image_row: Tensor, keys: Keys | None, uto: dict, reduction: str = "mean",
-    infonce_weight: float = 1.0, temperature: float = 0.05,
-) -> Tensor:
+def unified_loss(images, texts, image_row: Tensor, keys: Keys | None, uto: dict, infonce_weight: float = 1.0,
+                 **infonce) -> Tensor:
     """USER's loss, and InfoNCE on the globals, the plain tokens and the fine tokens. Neither paper has this model.
 
-    uto: the keyword arguments of `uto`. The others are as in `tgdt_loss`. Returns a scalar, a mean over the B pairs.
+    uto: USER's arguments. infonce_weight, infonce: those of `contrast`. Returns a scalar, a mean over the B pairs.
     """
-    positives = image_row[:, None] == image_row                                                   # [B, B]
-    loss = user_loss(images, texts, image_row, keys, **uto, infonce_weight=infonce_weight, temperature=temperature)
-    for regions, words in ((images.plain, texts.plain), (images.tokens, texts.tokens)):
-        local = local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row]   # [B, B]
-        loss = loss + infonce_weight * info_nce(local, temperature, positives)
-    return loss
+    return user_loss(images, texts, image_row, keys, **uto, infonce_weight=infonce_weight, **infonce)

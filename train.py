@@ -75,15 +75,13 @@ def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share:
     return images.float(), texts.float()
 
 
-@torch.no_grad()
-def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], precision: str,
-                  share: Callable = call) -> losses.Keys:
-    """What the momentum encoders make of a batch, and the queues before it (USER, momentum contrast).
+def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], images: Encoded, texts: Encoded
+                  ) -> losses.Keys:
+    """The keys of a batch, and the queues before it (USER, momentum contrast).
 
-    Afterwards the new keys enter the queues: each image once, each caption once.
+    images, texts: what the momentum copy makes of the batch. Afterwards the new keys enter the queues: each image once,
+    each caption once.
     """
-    # A key is a coarse vector, which USER's encoders make for the unified model too.
-    images, texts = encode(momentum.encoder, batch, precision, share, USER)
     row, image_index = batch["image_row"], batch["image_index"]                                      # [B], [B]
     image_queue, text_queue = momentum.image_queue, momentum.text_queue
     keys = losses.Keys(images.globals[row], texts.globals, image_queue.keys, text_queue.keys,
@@ -93,6 +91,24 @@ def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], preci
     return keys
 
 
+def forward(model: nn.Module, momentum: MomentumContrast | None, batch: Mapping[str, Tensor], settings, precision: str,
+            share: Callable = call) -> tuple[Encoded, Encoded, losses.Keys | None, tuple | None]:
+    """What a loss needs of a batch: images, texts, keys and teacher. The arguments are those of `batch_loss`.
+
+    keys: of the queues, None without queues. teacher: images and texts by the momentum copy, None without --distill.
+    """
+    queue, distill = settings.run.model != "tgdt" and settings.momentum.queue > 0, settings.infonce.distill > 0
+    if momentum is not None:
+        momentum.update(model)
+    images, texts = encode(model, batch, precision, share)
+    if not queue and not distill:
+        return images, texts, None, None
+    with torch.no_grad():  # a key is a coarse vector, which USER's encoders make for the unified model too
+        by_copy = encode(momentum.encoder, batch, precision, share, None if distill else USER)
+    keys = momentum_keys(momentum, batch, *by_copy) if queue else None
+    return images, texts, keys, by_copy if distill else None
+
+
 def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mapping[str, Tensor], settings,
                precision: str = "float32", negatives: str = "hardest", share: Callable = call) -> Tensor:
     """The loss of one batch: CMC (TGDT), UTO (USER), or UTO and InfoNCE (the unified model). A scalar.
@@ -100,18 +116,14 @@ def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mappi
     batch: from `data.Pairs`. settings: `harness.settings.Settings`. negatives: "hardest", or "mean" in CMC's first
     epochs. share: see `encode`. Also lets the momentum copy follow the model by one step.
     """
-    name, row, keys = settings.run.model, batch["image_row"], None
-    if momentum is not None:
-        momentum.update(model)
-    images, texts = encode(model, batch, precision, share)
-    if name == "tgdt":
-        return losses.tgdt_loss(images, texts, row, negatives=negatives, **vars(settings.cmc), **vars(settings.infonce))
-    if settings.momentum.queue:
-        keys = momentum_keys(momentum, batch, precision, share)
-    if name == "user":
-        return losses.user_loss(images, texts, row, keys, **vars(settings.uto), **vars(settings.infonce))
-    return losses.unified_loss(images, texts, row, keys, vars(settings.uto), settings.cmc.reduction,
-                               **vars(settings.infonce))
+    images, texts, keys, teacher = forward(model, momentum, batch, settings, precision, share)
+    row, infonce = batch["image_row"], vars(settings.infonce) | {"teacher": teacher}
+    if settings.run.model == "tgdt":
+        return losses.tgdt_loss(images, texts, row, negatives=negatives, **vars(settings.cmc), **infonce)
+    if settings.run.model == "user":
+        return losses.user_loss(images, texts, row, keys, **vars(settings.uto), **infonce)
+    return losses.unified_loss(images, texts, row, keys, vars(settings.uto), reduction=settings.cmc.reduction,
+                               **infonce)
 
 
 def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:

@@ -215,46 +215,24 @@ def full_queue(run: Run) -> Run:
 # ----------------------------------------------------------------------------------------------------- other losses
 
 
-def encode(model: nn.Module, momentum: user.MomentumContrast | None, batch: dict, precision: str) -> tuple:
-    """The beginning of `train.batch_loss`: images, texts, and the batch's image_row and positives."""
-    if momentum is not None:
-        momentum.update(model)
-    row = batch["image_row"]
-    return *train.encode(model, batch, precision), row, row[:, None] == row
-
-
 def batch_unmasked(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
     """UTO in which other captions of an image count as negatives in the batch."""
-    images, texts, row, _ = encode(model, momentum, batch, precision)
-    keys = train.momentum_keys(momentum, batch, precision) if settings.momentum.queue else None
-    return losses.uto(images.globals[row], texts.globals, keys, None, **vars(settings.uto))
+    images, texts, keys, _ = train.forward(model, momentum, batch, settings, precision)
+    return losses.uto(images.globals[batch["image_row"]], texts.globals, keys, None, **vars(settings.uto))
 
 
 def hinge_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
     """The hinge in place of UTO, on the batch alone, a mean over the pairs."""
-    images, texts, row, positives = encode(model, momentum, batch, precision)
+    (images, texts, _, _), row = train.forward(model, momentum, batch, settings, precision), batch["image_row"]
     similarity = images.globals[row] @ texts.globals.T
-    return losses.hinge(similarity, settings.cmc.margin, positives, negatives) / len(row)
+    return losses.hinge(similarity, settings.cmc.margin, row[:, None] == row, negatives) / len(row)
 
 
 def fine_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
     """CMC's hinge on the local similarities alone: nothing trains the coarse vectors."""
-    images, texts, row, positives = encode(model, momentum, batch, precision)
+    (images, texts, _, _), row = train.forward(model, momentum, batch, settings, precision), batch["image_row"]
     local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, settings.cmc.reduction)
-    return losses.hinge(settings.cmc.local_weight * local[row], settings.cmc.margin, positives, negatives)
-
-
-def one_fine_level(model, momentum, batch, settings, precision="float32", negatives="hardest", level="plain") -> Tensor:
-    """The unified model's loss without InfoNCE on the fine tokens, or without it on the plain tokens.
-
-    Without it on the fine tokens, the fine level is never trained, and the fine tokens stay equal to the plain ones.
-    """
-    images, texts, row, positives = encode(model, momentum, batch, precision)
-    keys = train.momentum_keys(momentum, batch, precision) if settings.momentum.queue else None
-    loss = losses.user_loss(images, texts, row, keys, **vars(settings.uto), **vars(settings.infonce))
-    local = losses.local_similarity(getattr(images, level), images.mask, getattr(texts, level), texts.mask,
-                                    settings.cmc.reduction)[row]
-    return loss + settings.infonce.infonce_weight * losses.info_nce(local, settings.infonce.temperature, positives)
+    return losses.hinge(settings.cmc.local_weight * local[row], settings.cmc.margin, row[:, None] == row, negatives)
 
 
 def entropy_of_pooling(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
@@ -266,26 +244,43 @@ def entropy_of_pooling(model, momentum, batch, settings, precision="float32", ne
     return loss
 
 
-def more_unified(model, momentum, batch, settings, precision="float32", negatives="hardest", more="") -> Tensor:
-    """The unified model's loss with one more term.
+def other_unified(model, momentum, batch, settings, precision="float32", negatives="hardest", change="") -> Tensor:
+    """The unified model's loss with one change.
 
-    more: "hinge" is CMC's hinge on the fine tokens, "intra" its intra-modal term. "distilled" is the cross-entropy of
-    the globals with the two-stage similarity as the teacher, whose gradients are cut off.
+    change: "plain" leaves out InfoNCE on the fine tokens, so the fine level is never trained and the fine tokens stay
+    equal to the plain ones. "tokens" leaves out InfoNCE on the plain tokens. "hinge" adds CMC's hinge on the fine
+    tokens, "intra" its intra-modal term. "taught two-stage": on each level the teacher is the copy's two-stage
+    similarity.
     """
-    images, texts, row, positives = encode(model, momentum, batch, precision)
-    keys = train.momentum_keys(momentum, batch, precision) if settings.momentum.queue else None
-    loss = losses.unified_loss(images, texts, row, keys, vars(settings.uto), settings.cmc.reduction,
-                               **vars(settings.infonce))
-    globals_, cmc = (images.globals[row], texts.globals), settings.cmc
-    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, cmc.reduction)[row]
-    if more == "hinge":
-        return loss + losses.hinge(local, cmc.margin, positives, negatives) / len(row)
-    if more == "intra":
-        return loss + losses.intra_consistency(*globals_, cmc.intra_margin) / len(row)
-    dots, temperature = globals_[0] @ globals_[1].T, settings.infonce.temperature
-    teacher = ((dots + cmc.local_weight * local).detach() / temperature, dots / temperature)
-    for target, student in (teacher, [scores.T for scores in teacher]):
-        loss = loss + F.cross_entropy(student, target.softmax(1))
+    images, texts, keys, teacher = train.forward(model, momentum, batch, settings, precision)
+    cmc, row = settings.cmc, batch["image_row"]
+    positives = row[:, None] == row
+    infonce = vars(settings.infonce) | {"teacher": teacher}
+
+    def loss_on(*sides) -> Tensor:
+        return losses.unified_loss(*sides, row, keys, vars(settings.uto), reduction=cmc.reduction, **infonce)
+
+    def local(images, texts) -> Tensor:
+        return losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, cmc.reduction)[row]
+
+    if change in ("plain", "tokens"):
+        def one_level(side):
+            return side._replace(tokens=getattr(side, change), plain=None)
+
+        infonce["teacher"] = teacher and tuple(map(one_level, teacher))
+        return loss_on(one_level(images), one_level(texts))
+    if change == "hinge":
+        return loss_on(images, texts) + losses.hinge(local(images, texts), cmc.margin, positives, negatives) / len(row)
+    if change == "intra":
+        term = losses.intra_consistency(images.globals[row], texts.globals, cmc.intra_margin)
+        return loss_on(images, texts) + term / len(row)
+    two_stage = teacher[0].globals[row] @ teacher[1].globals.T + cmc.local_weight * local(*teacher)
+    loss = losses.uto(images.globals[row], texts.globals, keys, positives, **vars(settings.uto))
+    levels = [images.globals[row] @ texts.globals.T, local(images, texts),
+              losses.local_similarity(images.plain, images.mask, texts.plain, texts.mask, cmc.reduction)[row]]
+    for level in levels:
+        nce = losses.info_nce(level, infonce["temperature"], positives, two_stage, infonce["distill"])
+        loss = loss + infonce["infonce_weight"] * nce
     return loss
 
 
@@ -383,12 +378,13 @@ CHANGES = {
     "entropy": Change(loss_of=entropy_of_pooling),
     "InfoNCE": Change("--infonce-weight 1"),  # on every level that is searched
     "no UTO": Change("--batch-weight 0 --queue 0"),
-    "plain tokens alone": Change(loss_of=partial(one_fine_level, level="plain")),  # no fine level
-    "fine tokens alone": Change(loss_of=partial(one_fine_level, level="tokens")),
+    "plain tokens alone": Change(loss_of=partial(other_unified, change="plain")),  # no fine level
+    "fine tokens alone": Change(loss_of=partial(other_unified, change="tokens")),
     "grid boxes": Change(to_run=grid_boxes),  # for the features of the budget "flickr8k"
-    "hinge too": Change(loss_of=partial(more_unified, more="hinge")),
-    "intra-modal term": Change(loss_of=partial(more_unified, more="intra")),
-    "distilled": Change(loss_of=partial(more_unified, more="distilled")),
+    "hinge too": Change(loss_of=partial(other_unified, change="hinge")),
+    "intra-modal term": Change(loss_of=partial(other_unified, change="intra")),
+    "distilled": Change("--distill 0.5"),  # the momentum copy teaches, on every level that InfoNCE trains
+    "taught two-stage": Change(loss_of=partial(other_unified, change="taught two-stage")),
     # What this project does otherwise than USER's released code, undone:
     "fixed regions": Change("--fixed-regions 36"),
     "reward floor": Change("--reward-floor"),
@@ -403,6 +399,8 @@ CHANGES = {
 AS_RELEASED = ("user, fixed regions, reward floor, batch unmasked, queue unmasked, keys in training, cold momentum, "
                "full queue, shuffle, released rates")
 ONLY_PHOTOGRAPHS = ("stand-in for CLIP", "fixed regions")
+
+UNTAUGHT = "unified, averaged, --distill 0"  # the unified model without a teacher
 
 # Each idea: the arm with it, and the arm without it. An arm is searched two-stage, or by global alone if it has no
 # tokens; another way of searching stands behind a colon.
@@ -430,30 +428,43 @@ CLAIMS = {
     "9 true pairs masked in the batch, or not": ("user, no guide", "user, no guide, batch unmasked"),
     "9 true pairs masked in the queue, or not": ("user, no guide", "user, no guide, queue unmasked"),
     "10 the unified model, or TGDT": ("unified, averaged", "tgdt, averaged"),
-    "10 the unified model, or TGDT with InfoNCE": ("unified, averaged", "tgdt, averaged, InfoNCE"),
+    "10 the unified model, or TGDT with InfoNCE and a teacher": (
+        "unified, averaged", "tgdt, averaged, InfoNCE, distilled"),
     "10 the unified model, or USER": ("unified, averaged", "user, no guide, averaged"),
-    "10 the unified model, or USER with InfoNCE": ("unified, averaged", "user, no guide, averaged, InfoNCE"),
-    "10 its coarse level, or that of USER with InfoNCE": (
-        "unified, averaged: global", "user, no guide, averaged, InfoNCE"),
+    "10 the unified model, or USER with InfoNCE and a teacher": (
+        "unified, averaged", "user, no guide, averaged, InfoNCE, distilled"),
+    "10 its coarse level, or that of USER with InfoNCE and a teacher": (
+        "unified, averaged: global", "user, no guide, averaged, InfoNCE, distilled"),
     "10 re-ranked, or its coarse level alone": ("unified, averaged", "unified, averaged: global"),
-    "10 with a fine level, or the plain tokens alone": ("unified, averaged", "unified, averaged, plain tokens alone"),
-    "10 InfoNCE on the plain tokens too, or not; one layer": (
-        "unified, averaged, --local-layers 1", "unified, averaged, --local-layers 1, fine tokens alone"),
-    "10 two layers in the fine level, or one": ("unified, averaged", "unified, averaged, --local-layers 1"),
-    "10 the fine level's gradient cut off, or whole": ("unified, averaged", "unified, averaged, --fine-gradient 1"),
-    "10 the fine level's gradient cut off, or whole; one layer": (
-        "unified, averaged, --local-layers 1", "unified, averaged, --local-layers 1, --fine-gradient 1"),
-    "10 the fine level's gradient cut off, or 0.3 of it": (
-        "unified, averaged", "unified, averaged, --fine-gradient 0.3"),
-    "10 the fine level's gradient whole, or cut off": ("unified", "unified, --fine-gradient 0"),  # on scenes
-    "10 the fine level's gradient whole, or 0.3 of it": ("unified", "unified, --fine-gradient 0.3"),
-    "10 CMC's hinge on the fine tokens too, or not; one layer": (
-        "unified, averaged, --local-layers 1, hinge too", "unified, averaged, --local-layers 1"),
-    "10 the fine level sees the cells' boxes, or none; one layer": (
-        "unified, averaged, --local-layers 1, grid boxes", "unified, averaged, --local-layers 1"),
-    "10 its fine level teaches the coarse one, or not": ("unified, averaged, distilled", "unified, averaged"),
+    "10 the momentum copy teaches, or not": ("unified, averaged", UNTAUGHT),
+    "10 the momentum copy teaches, or not; USER with InfoNCE": (
+        "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE"),
+    "10 the momentum copy teaches, or not; TGDT with InfoNCE": (
+        "tgdt, averaged, InfoNCE, distilled", "tgdt, averaged, InfoNCE"),
+    "10 its two-stage similarity teaches every level, or each level its own": (
+        "unified, averaged, taught two-stage", "unified, averaged"),
     "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
+    # The same without a teacher:
+    "10 untaught: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
+    "10 untaught: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
+    "10 untaught: its coarse level, or that of USER with InfoNCE": (
+        f"{UNTAUGHT}: global", "user, no guide, averaged, InfoNCE"),
+    "10 untaught: re-ranked, or its coarse level alone": (UNTAUGHT, f"{UNTAUGHT}: global"),
+    "10 untaught: with a fine level, or the plain tokens alone": (UNTAUGHT, f"{UNTAUGHT}, plain tokens alone"),
+    "10 untaught: InfoNCE on the plain tokens too, or not; one layer": (
+        f"{UNTAUGHT}, --local-layers 1", f"{UNTAUGHT}, --local-layers 1, fine tokens alone"),
+    "10 untaught: two layers in the fine level, or one": (UNTAUGHT, f"{UNTAUGHT}, --local-layers 1"),
+    "10 untaught: the fine level's gradient cut off, or whole": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 1"),
+    "10 untaught: the fine level's gradient cut off, or whole; one layer": (
+        f"{UNTAUGHT}, --local-layers 1", f"{UNTAUGHT}, --local-layers 1, --fine-gradient 1"),
+    "10 untaught: the fine level's gradient cut off, or 0.3 of it": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 0.3"),
+    "10 untaught: CMC's hinge on the fine tokens too, or not; one layer": (
+        f"{UNTAUGHT}, --local-layers 1, hinge too", f"{UNTAUGHT}, --local-layers 1"),
+    "10 untaught: the fine level sees the cells' boxes, or none; one layer": (
+        f"{UNTAUGHT}, --local-layers 1, grid boxes", f"{UNTAUGHT}, --local-layers 1"),
+    "10 the fine level's gradient whole, or cut off": ("unified", "unified, --fine-gradient 0"),  # on scenes
+    "10 the fine level's gradient whole, or 0.3 of it": ("unified", "unified, --fine-gradient 0.3"),
     "10 InfoNCE beside UTO, or not; both USER": ("user, no guide, averaged, InfoNCE", "user, no guide, averaged"),
     "10 InfoNCE beside CMC, or not; both TGDT": ("tgdt, averaged, InfoNCE", "tgdt, averaged"),
 }

@@ -107,6 +107,7 @@ class InfoNCE:
 
     infonce_weight: Annotated[float, "weight of InfoNCE on every level that is searched", (0, 1000)] = 0.0
     temperature: Annotated[float, "temperature of its softmax", (0.001, 100)] = 0.05
+    distill: Annotated[float, "share of its answers that the momentum copy gives, not the truth", (0, 1)] = 0.0
 
 
 @dataclass
@@ -219,6 +220,11 @@ def check(settings: Settings) -> None:
         raise BadInput(f"--guide {settings.enhancement.guide}: only --model user and --model tgdt-user have a guide")
     if run.model != "tgdt" and 0 < queue < training.batch_size:
         raise BadInput(f"--queue {queue}: expected at least --batch-size {training.batch_size}, or 0 for no queue")
+    if (share := settings.infonce.distill) and settings.infonce.infonce_weight == 0:
+        raise BadInput(f"--distill {share}: it is a part of InfoNCE, expected --infonce-weight above 0")
+    if share and settings.momentum.keep == "model" and (run.model == "tgdt" or queue == 0):
+        raise BadInput(f"--distill {share}: there is no momentum copy to learn from, expected --keep momentum"
+                       + ("" if run.model == "tgdt" else " or a --queue"))
     if training.batch_size < 2 * training.captions_per_image:
         raise BadInput(f"--batch-size {training.batch_size}: expected at least {2 * training.captions_per_image}, "
                        "twice --captions-per-image, so that a batch has two images")

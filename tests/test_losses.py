@@ -236,6 +236,27 @@ def test_info_nce_leaves_out_the_other_true_pairs():
     assert torch.autograd.gradcheck(lambda s: losses.info_nce(s, 0.5, positives), similarity.requires_grad_())
 
 
+def test_info_nce_with_a_teacher_by_hand():
+    """The teacher is sure of nothing: each answer is 1/2 truth and 1/2 a coin, so 3/4 and 1/4."""
+    similarity = torch.tensor([[3.0, 1.0], [0.0, 1.0]], dtype=torch.double)
+    want = losses.info_nce(similarity, 1.0) + 0.25 * (2 + 1 + 3 + 0) / 2  # a quarter of what the truth is ahead
+    assert torch.isclose(losses.info_nce(similarity, 1.0, teacher=torch.zeros(2, 2), distill=0.5), want, rtol=1e-12)
+    assert losses.info_nce(similarity, 1.0, teacher=torch.zeros(2, 2), distill=0.0) == losses.info_nce(similarity, 1.0)
+
+
+def test_a_model_that_agrees_with_its_teacher_learns_nothing_from_it():
+    """With distill = 1 the gradient is 0 where the two agree, and other true pairs take no part in the teacher."""
+    rng = torch.Generator().manual_seed(3)
+    similarity = torch.randn(3, 3, dtype=torch.double, generator=rng).requires_grad_()
+    positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    teacher = similarity.detach().clone()
+    teacher[0, 2] = teacher[2, 0] = 9.0
+    gradient, = torch.autograd.grad(losses.info_nce(similarity, 0.5, positives, teacher, 1.0), similarity)
+    assert gradient.abs().max() < 1e-12
+    other = torch.randn(3, 3, dtype=torch.double, generator=rng)
+    assert torch.autograd.gradcheck(lambda s: losses.info_nce(s, 0.5, positives, other, 0.3), similarity)
+
+
 # ------------------------------------------------------------------------------------------------ one loss a model
 
 
@@ -265,9 +286,18 @@ def test_one_loss_a_model_knows_which_captions_share_an_image():
     nce = {"infonce_weight": 2.0, "temperature": 0.1}
     assert torch.isclose(losses.tgdt_loss(images, texts, row, **given, negatives="mean", **nce),
                          tgdt_loss + 2 * 3 * (coarse_nce + fine_nce), rtol=1e-12)
-    assert torch.isclose(losses.user_loss(images, texts, row, keys, mu=8.0, **nce), user_loss + 2 * coarse_nce,
+    coarse_alone = [side._replace(tokens=None) for side in (images, texts)]  # what USER encodes
+    assert torch.isclose(losses.user_loss(*coarse_alone, row, keys, mu=8.0, **nce), user_loss + 2 * coarse_nce,
                          rtol=1e-12)
     images, texts = images._replace(plain=images.tokens.flip(2)), texts._replace(plain=texts.tokens)
     plain = losses.local_similarity(images.plain, images.mask, texts.plain, texts.mask, "mean")[row]
     want = user_loss + 2 * (coarse_nce + fine_nce + losses.info_nce(plain, 0.1, positives))
     assert torch.isclose(losses.unified_loss(images, texts, row, keys, {"mu": 8.0}, **nce), want, rtol=1e-12)
+
+    teacher = [side._replace(globals=side.globals.flip(1), tokens=side.plain, plain=side.tokens)
+               for side in (images, texts)]
+    taught_by = (teacher[0].globals[row] @ teacher[1].globals.T, local, plain)  # the levels: globals, plain, fine
+    want = user_loss + 2 * sum(losses.info_nce(level, 0.1, positives, by, 0.3) for level, by in zip(
+        (coarse @ texts.globals.T, plain, local), taught_by, strict=True))
+    found = losses.unified_loss(images, texts, row, keys, {"mu": 8.0}, **nce, distill=0.3, teacher=teacher)
+    assert torch.isclose(found, want, rtol=1e-12)

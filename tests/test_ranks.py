@@ -88,6 +88,7 @@ def three_steps(out: Path, model_name: str, fixed: int = 0, pieces: int = 1) -> 
     with torchrun.started("cpu"), mock.patch.object(tgdt.Encoded, "float", lambda encoded: encoded):
         torch.manual_seed(torchrun.number())  # the ranks start apart, and are to take rank 0's weights
         guide = {} if model_name == "tgdt" else {"guide": "self", "guide_dropout": 0.0, "fixed_regions": fixed}
+        guide |= {"distill": 0.5} if model_name == "tgdt-user" else {}
         chosen = settings.make({"model": model_name, "dim": 8, "region_width": 8, "feedforward": 16, "dropout": 0.0,
                                 "batch_size": 8, "queue": 20, **guide})
         model = models.build(chosen, models.text_encoder(chosen)[0], 6)

@@ -77,7 +77,7 @@ OTHER_NAMES = {"length": "queue", "weight": "local_weight", "shortlist": "images
 
 
 @pytest.mark.parametrize("function, other_names", [
-    (losses.cmc, {}), (losses.tgdt_loss, {}), (losses.uto, {}), (losses.user_loss, {}),
+    (losses.cmc, {}), (losses.tgdt_loss, {}), (losses.uto, {}), (losses.user_loss, {}), (losses.info_nce, {}),
     (tgdt.TGDT, {}), (user.USER, {}), (unified.Unified, {}), (user.SelfGuidedEnhancement, {"dropout": "guide_dropout"}),
     (user.CLIPGuidedEnhancement, {}), (user.MomentumContrast, {}), (retrieve.search, {}),
 ], ids=lambda value: getattr(value, "__name__", ""))
@@ -93,13 +93,12 @@ def test_a_default_is_the_same_in_the_settings_and_in_the_concept_files(function
 
 def test_the_preset_of_the_unified_model_has_the_defaults_of_its_loss():
     values = settings.flat(settings.make({"model": "tgdt-user", "dataset": "flickr30k"}))
-    parameters = inspect.signature(losses.unified_loss).parameters
-    assert {name: parameters[name].default for name in ("reduction", "infonce_weight", "temperature")} == {
-        name: values[name] for name in ("reduction", "infonce_weight", "temperature")}
+    assert inspect.signature(losses.unified_loss).parameters["infonce_weight"].default == values["infonce_weight"]
+    assert inspect.signature(losses.contrast).parameters["reduction"].default == values["reduction"]
 
 
 def test_the_loss_groups_are_keyword_arguments():
-    assert vars(settings.InfoNCE()).keys() <= inspect.signature(losses.unified_loss).parameters.keys()
+    assert vars(settings.InfoNCE()).keys() <= inspect.signature(losses.contrast).parameters.keys()
     assert vars(settings.CMC()).keys() <= inspect.signature(losses.tgdt_loss).parameters.keys()
     assert vars(settings.UTO()).keys() <= inspect.signature(losses.user_loss).parameters.keys()
 
@@ -148,6 +147,9 @@ def test_a_value_of_another_kind_is_refused_by_name(name):
 
 @pytest.mark.parametrize("given, said", [
     ({"dim": 6}, "--dim 6"), ({"region_width": 6}, "--region-width 6"), ({"batch_size": 5}, "--batch-size 5"),
+    ({"model": "user", "distill": 0.5}, "--distill 0.5: .* --infonce-weight"),
+    ({"distill": 0.5, "infonce_weight": 1}, "--distill 0.5: .* --keep momentum"),
+    ({"model": "user", "distill": 0.5, "infonce_weight": 1, "queue": 0, "keep": "model"}, "--distill 0.5: .* --queue"),
     ({"guide": "self"}, "--guide self"), ({"model": "user", "queue": 3}, "--queue 3"), ({"boxes": 10_000}, "--boxes"),
     ({"longest": 100_000}, "--longest"), ({"picture_side": 5}, "--picture-side 5"), ({"lr": -1.0}, "--lr -1"),
     ({"dataset": "coco", "text_encoder": "from-scratch"}, "scenes only"), ({"batch_size": 2**40}, "--batch-size"),
