@@ -441,11 +441,21 @@ CLAIMS = {
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE"),
     "10 the momentum copy teaches, or not; TGDT with InfoNCE": (
         "tgdt, averaged, InfoNCE, distilled", "tgdt, averaged, InfoNCE"),
+    "10 the copy gives half of the answers, or 0.8; USER with InfoNCE": (
+        "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 0.8"),
+    "10 the copy gives half of the answers, or all; USER with InfoNCE": (
+        "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 1"),
     "10 its two-stage similarity teaches every level, or each level its own": (
         "unified, averaged, taught two-stage", "unified, averaged"),
     "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
-    # The same without a teacher:
+    # With BERT fine-tuned, and on the scenes:
+    "10 small preset: the unified model, or USER": ("unified", "user"),
+    "10 small preset: the unified model, or USER with InfoNCE and a teacher": ("unified", "user, InfoNCE, distilled"),
+    "10 small preset: re-ranked, or its coarse level alone": ("unified", "unified: global"),
+    "10 small preset: the momentum copy teaches, or not; USER with InfoNCE": (
+        "user, InfoNCE, distilled", "user, InfoNCE"),
+    # With BERT frozen, without a teacher:
     "10 untaught: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
     "10 untaught: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
     "10 untaught: its coarse level, or that of USER with InfoNCE": (
