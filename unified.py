@@ -6,11 +6,11 @@
                                                   -> fine level = fine word tokens
 
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from the tokens that late interaction aligns.
-InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. Half of its answers come from
-the momentum copy, which soon is the better model (momentum distillation). A fine level of its own makes re-ranking
-worthwhile. How much of its gradient reaches the tokens below is a setting: nothing on photographs, where the coarse
-vectors would pay for it, and all of it on the built-in scenes, where the fine tokens need it. docs/claims.md has the
-measurements behind these choices, and docs/results.md says where the model falls behind USER.
+InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. On photographs half of its
+answers come from the momentum copy, which soon is the better model (momentum distillation). A fine level of its own
+makes re-ranking worthwhile. How much of its gradient reaches the tokens below is a setting: nothing on photographs,
+where the coarse vectors would pay for it, and all of it on the built-in scenes, where the fine tokens need it.
+docs/claims.md has the measurements behind these choices, and docs/results.md has the model beside both papers' models.
 """
 from __future__ import annotations
 

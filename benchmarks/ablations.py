@@ -258,8 +258,8 @@ def table(args: argparse.Namespace) -> None:
             if found := compare(rows, budget, ideas):
                 print_table(title, "first", "second", "rsum gained", "R@1 image to text", "R@1 text to image",
                             "shown?", "seeds", rows=[claim(idea, pairs) for idea, pairs in found.items()])
-        if args.draw and (found := compare(rows, budget, CLAIMS)):
-            draw(budget, found, HERE.parent / "docs" / f"claims-{budget}.png")
+        if args.draw:
+            draw(budget, compare(rows, budget, CLAIMS), HERE.parent / "docs" / f"claims-{budget}.png")
         print_arms(rows, budget)
         print_searches(rows, budget)
         print_twins(rows, budget)
@@ -343,8 +343,10 @@ def print_courses(rows: list[dict], budget: str) -> None:
 
 
 def draw(budget: str, found: dict, path: Path) -> None:
-    """A dot a seed, and a bar for the mean: how much each idea adds in rsum. Needs three seeds of an idea."""
+    """A dot a seed, and a bar for the mean: how much each idea adds in rsum. Only ideas with three seeds are drawn."""
     lines = [(idea, gains_in("rsum", pairs)) for idea, pairs in found.items() if len(pairs) > 2]
+    if not lines:
+        return
     figure, axis = plt.subplots(figsize=(9, 0.42 * len(lines) + 1.2))
     for place, (_, gains) in enumerate(reversed(lines)):
         mean = statistics.mean(gains)
