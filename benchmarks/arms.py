@@ -455,6 +455,7 @@ CLAIMS = {
     "10 small preset: re-ranked, or its coarse level alone": ("unified", "unified: global"),
     "10 small preset: the momentum copy teaches, or not; USER with InfoNCE": (
         "user, InfoNCE, distilled", "user, InfoNCE"),
+    "10 small preset: the momentum copy teaches, or not": ("unified, distilled", "unified"),  # on scenes
     # With BERT frozen, without a teacher:
     "10 untaught: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
     "10 untaught: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
