@@ -80,9 +80,11 @@ def measure(name: str, precision: str, batch: dict[str, torch.Tensor], steps: in
         step()
     for each in taken:  # the loss was timed with the encoders inside it
         each["loss"] -= sum(each.get(phase, 0.0) for phase in ("images", "captions", "momentum"))
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot look into it
     with FlopCounterMode(display=False) as counter:
         taken.append({})
         step()
+    torch.backends.mha.set_fastpath_enabled(True)
     return {phase: float(np.median([each.get(phase, 0.0) for each in taken[1:-1]])) for phase in PHASES}, \
         counter.get_total_flops()
 
