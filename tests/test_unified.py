@@ -10,6 +10,7 @@ import tgdt
 import train
 import unified
 import user
+from harness import settings
 
 
 def make_model(trained: bool = True, fine_gradient: float = 0.0) -> unified.Unified:
@@ -148,3 +149,18 @@ def test_the_keys_of_the_unified_model_are_its_coarse_vectors():
     keys = train.momentum_keys(momentum, batch, *train.encode(momentum.encoder, batch, "float32", kind=user.USER))
     images, texts = encoded(model, batch)
     assert torch.allclose(keys.text, texts.globals) and torch.allclose(keys.image, images.globals[batch["image_row"]])
+
+
+def test_the_momentum_copy_is_the_teacher():
+    """`batch_loss` with --distill is the model's loss with what the copy encodes as the teacher."""
+    chosen = settings.make({"model": "tgdt-user", "distill": 0.5, "queue": 0, "keep": "momentum"})
+    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
+    momentum = user.MomentumContrast(model, 8, 1, momentum=1.0, warm=False)  # keeps what it is
+    for weight in momentum.encoder.parameters():
+        weight.data += 0.1
+    sides, row = encoded(model, batch), batch["image_row"]
+    given = {"keys": None, "uto": vars(chosen.uto), **vars(chosen.infonce)}
+    want = losses.unified_loss(*sides, row, **given, teacher=encoded(momentum.encoder, batch))
+    found = train.batch_loss(model, momentum, batch, chosen)
+    assert torch.isclose(found, want, rtol=1e-5)
+    assert not torch.isclose(found, losses.unified_loss(*sides, row, **given, teacher=sides), rtol=1e-3)
