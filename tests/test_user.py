@@ -159,6 +159,25 @@ def test_gpo_weights_depend_on_the_number_of_tokens_and_on_nothing_else():
         assert torch.allclose(gpo(tokens, mask)[row], want[0], atol=1e-5)
 
 
+def test_a_model_of_the_other_sign_with_gpo_turned_around_is_the_same_model(monkeypatch):
+    """So weight on the last place is worth what weight on the first one is."""
+    model, batch = make_model().eval(), make_batch()
+    want = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
+    for layer in (model.project, model.mlp_out, model.project_words):
+        layer.weight.data.neg_()
+        layer.bias.data.neg_()
+    other = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
+    assert not torch.allclose(other, want, atol=1e-3)
+    for gpo in (model.image_pool, model.text_pool):
+        def turned(lengths, longest, weights=gpo.pooling_weights):
+            rows = zip(weights(lengths, longest), lengths.tolist(), strict=True)
+            return torch.stack([torch.cat([row[:n].flip(0), row[n:]]) for row, n in rows])
+
+        monkeypatch.setattr(gpo, "pooling_weights", turned)
+    turned = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
+    assert torch.allclose(turned, want, atol=1e-5)
+
+
 def test_gpo_masks_need_not_be_a_prefix_and_gradients_stay_finite():
     torch.manual_seed(0)
     gpo = user.GeneralizedPooling()
