@@ -174,8 +174,8 @@ def test_a_model_of_the_other_sign_with_gpo_turned_around_is_the_same_model(monk
             return torch.stack([torch.cat([row[:n].flip(0), row[n:]]) for row, n in rows])
 
         monkeypatch.setattr(gpo, "pooling_weights", turned)
-    turned = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
-    assert torch.allclose(turned, want, atol=1e-5)
+    both = model.encode_images(batch).globals @ model.encode_texts(batch).globals.T
+    assert torch.allclose(both, want, atol=1e-5)
 
 
 def test_gpo_masks_need_not_be_a_prefix_and_gradients_stay_finite():
