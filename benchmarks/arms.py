@@ -449,12 +449,14 @@ CLAIMS = {
         "unified, averaged, taught two-stage", "unified, averaged"),
     "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
-    # With BERT fine-tuned, and on the scenes, whose preset has a temperature of 0.01:
+    # With BERT fine-tuned, and on the scenes, where the unified model's preset has a temperature of 0.01:
     "10 small preset: the unified model, or TGDT": ("unified", "tgdt"),
     "10 small preset: the unified model, or TGDT with InfoNCE": ("unified", "tgdt, InfoNCE, --temperature 0.01"),
     "10 small preset: the unified model, or USER": ("unified", "user"),
     "10 small preset: the unified model, or USER with InfoNCE": ("unified", "user, InfoNCE, --temperature 0.01"),
     "10 small preset: the unified model, or USER with InfoNCE and a teacher": ("unified", "user, InfoNCE, distilled"),
+    "10 small preset: its coarse level, or that of USER with InfoNCE and a teacher": (
+        "unified: global", "user, InfoNCE, distilled"),
     "10 small preset: re-ranked, or its coarse level alone": ("unified", "unified: global"),
     "10 small preset: the momentum copy teaches, or not; USER with InfoNCE": (
         "user, InfoNCE, distilled", "user, InfoNCE"),
