@@ -186,26 +186,33 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     An epoch goes in rounds. In each round every image gives its next captions, in a new order of the images, so that an
     image is encoded once for several captions. An image that has fewer left gives those. The last batch is dropped if
     it is not full, unless it is the only one. The result depends on (seed, epoch) alone.
+
+    A batch has at least two images, as one alone has no negatives. So the image with the most captions gives no more of
+    them than the one with the second most has.
     """
     rng = np.random.default_rng([seed, epoch])
     captions_of: dict[int, list[int]] = {}
     for caption in np.argsort(rng.permutation(len(image_of))).tolist():
         captions_of.setdefault(int(image_of[caption]), []).append(caption)
+    counts = sorted(len(captions) for captions in captions_of.values())
     # No more captions than an image has: the batch gets more images instead.
-    each = min(captions_per_image, batch_size, max(len(captions) for captions in captions_of.values()))
+    each, most = min(captions_per_image, max(1, batch_size // 2), counts[-1]), counts[-2:][0]
 
-    groups = []  # (round, captions that one image gives in it)
+    groups = []  # (round, image, the captions that it gives in this round)
     for image in sorted(captions_of):
-        for start in range(0, len(captions_of[image]), each):
-            groups.append((start // each, captions_of[image][start : start + each]))
+        for start in range(0, min(most, len(captions_of[image])), each):
+            groups.append((start // each, image, captions_of[image][start : start + each]))
     shuffle = rng.permutation(len(groups))
     order = sorted(range(len(groups)), key=lambda group: (groups[group][0], shuffle[group]))
 
     images = batch_size // each  # in a batch
     batches = [order[start : start + images] for start in range(0, len(order), images)]
+    for batch, after in zip(batches[:-1], batches[1:], strict=True):
+        if len({groups[group][1] for group in batch}) == 1:  # an image was last in one round and first in the next
+            batch[-1], after[0] = after[0], batch[-1]
     if len(batches) > 1 and len(batches[-1]) < images:
         batches.pop()
-    return [[caption for group in batch for caption in groups[group][1]] for batch in batches]
+    return [[caption for group in batch for caption in groups[group][2]] for batch in batches]
 
 
 def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, Tensor]]:

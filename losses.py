@@ -119,6 +119,7 @@ def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | 
     teacher: [B, B], the same similarities by a better model. Its softmax makes up the share `distill` of what counts
     as right, and the truth the rest (momentum distillation, ALBEF). Returns a scalar.
     """
+    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     truth = with_diagonal(similarity, None)
     left_out = with_diagonal(similarity, positives) & ~truth
     logits = (similarity / temperature).masked_fill(left_out, torch.finfo(similarity.dtype).min)

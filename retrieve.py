@@ -131,7 +131,7 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
     if queries.kind == corpus.kind:
         raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one should be image, the other text")
     scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)))         # [Q, K], [Q, K]
-    if weight and queries.tokens is not None and corpus.tokens is not None:
+    if weight and len(queries) and queries.tokens is not None and corpus.tokens is not None:
         query = torch.arange(len(queries), device=indices.device)[:, None].expand_as(indices)
         sides, pairs = (queries, corpus), (query.flatten(), indices.flatten())
         if queries.kind == "text":

@@ -45,8 +45,10 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
     groups = order.tensor_split(max(1, min(4, len(order) // 40)))
     if len(groups) == 1:
         return encode_texts(batch)
-    parts = [encode_texts({name: batch[name][rows, : int(lengths[rows].max())] for name in ("word_ids", "word_mask")})
-             for rows in groups]
+    widths = [int(lengths[rows].max()) for rows in groups]
+    widths[-1] = batch["word_mask"].shape[1]  # so the result is as wide as the batch, also for a share of a batch
+    parts = [encode_texts({name: batch[name][rows, :width] for name in ("word_ids", "word_mask")})
+             for rows, width in zip(groups, widths, strict=True)]
     back = order.argsort()
     return Encoded(*(None if part[0] is None else pad_and_join(part)[back] for part in zip(*parts, strict=True)))
 
@@ -129,7 +131,8 @@ def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mappi
 def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:
     """AdamW. The pre-trained words take smaller steps than what starts from scratch: lr x text_lr, 0 freezes them.
 
-    training: the group of settings of that name. (AdamW without weight decay is Adam, which TGDT's authors used.)
+    training: the group of settings of that name. (AdamW without weight decay is Adam, which TGDT's authors used.) What
+    is frozen keeps its dropout.
     """
     words = list(model.bert.parameters())
     for weight in words:

@@ -9,17 +9,16 @@ It is USER with TGDT's idea of token guidance: the coarse vector is pooled from 
 InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. On photographs half of its
 answers come from the momentum copy, which soon is the better model (momentum distillation). A fine level of its own
 makes re-ranking worthwhile. How much of its gradient reaches the tokens below is a setting: nothing on photographs,
-where the coarse vectors would pay for it, and all of it on the built-in scenes, where the fine tokens need it.
-docs/claims.md has the measurements behind these choices, and docs/results.md has the model beside both papers' models.
+where the coarse vectors would pay for it, and all of it in the small preset for the scenes, where the fine tokens gain
+more. docs/claims.md has the measurements behind these choices, and docs/results.md has the model beside both papers'.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tgdt import Encoded, box_geometry
+from tgdt import Encoded, box_geometry, unit
 from user import USER
 
 
@@ -56,21 +55,19 @@ class Unified(USER):
         self.fine_regions = fine_level(dim, layers, heads, feedforward, dropout)
         self.fine_words = fine_level(dim, layers, heads, feedforward, dropout)
 
-    def below(self, plain: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]: the plain tokens as the fine level reads them, with a share of the gradient."""
-        return self.fine_gradient * plain + (1 - self.fine_gradient) * plain.detach()
+    def below(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]: the tokens as the fine level reads them, with a share of the gradient."""
+        return self.fine_gradient * tokens + (1 - self.fine_gradient) * tokens.detach()
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens and plain tokens [B, R, D], one a region; mask [B, R]."""
-        plain, mask = self.region_tokens(batch)                                                 # [B, R, D]
-        placed = self.below(plain) + self.geometry(box_geometry(batch["boxes"]))                # [B, R, D]
+        tokens, mask = self.region_tokens(batch)                                                # [B, R, D]
+        placed = self.below(tokens) + self.geometry(box_geometry(batch["boxes"]))               # [B, R, D]
         fine = self.fine_regions(placed, src_key_padding_mask=~mask)                            # [B, R, D]
-        globals_ = F.normalize(self.image_pool(plain, mask), dim=1)
-        return Encoded(globals_, F.normalize(fine, dim=2), mask, F.normalize(plain, dim=2))
+        return Encoded(unit(self.image_pool(tokens, mask)), unit(fine), mask, unit(tokens))
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens and plain tokens [B, W - 2, D], one a word piece, without [CLS] and [SEP]; mask."""
-        plain, mask = self.word_tokens(batch)                                                   # [B, W, D]
-        fine = self.fine_words(self.below(plain), src_key_padding_mask=~mask)                   # [B, W, D]
-        globals_ = F.normalize(self.text_pool(plain, mask), dim=1)
-        return Encoded(globals_, F.normalize(fine[:, 1:-1], dim=2), mask[:, 2:], F.normalize(plain[:, 1:-1], dim=2))
+        tokens, mask = self.word_tokens(batch)                                                  # [B, W, D]
+        fine = self.fine_words(self.below(tokens), src_key_padding_mask=~mask)                  # [B, W, D]
+        return Encoded(unit(self.text_pool(tokens, mask)), unit(fine[:, 1:-1]), mask[:, 2:], unit(tokens[:, 1:-1]))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tgdt import Encoded
+from tgdt import Encoded, unit
 
 
 def of_real_tokens(layer: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class SelfGuidedEnhancement(nn.Module):
         picture = self.dropout(self.picture_norm(self.picture(mean)).tanh())                        # [B, F]
         scores = self.score(local * picture[:, None, :]).squeeze(2)                                 # [B, R]
         weights = scores.masked_fill(~mask, float("-inf")).softmax(1)
-        return F.normalize((weights[:, :, None] * regions).sum(1), dim=1)
+        return unit((weights[:, :, None] * regions).sum(1))
 
     def forward(self, regions: Tensor, mask: Tensor, clip: Tensor | None = None) -> Tensor:
         """regions [B, R, F], mask [B, R] -> enhanced regions [B, R, F]. SGE does not use `clip`, CGE does."""
@@ -107,7 +107,7 @@ class CLIPGuidedEnhancement(nn.Module):
 
     def forward(self, regions: Tensor, mask: Tensor, clip: Tensor) -> Tensor:
         """regions [B, R, F], mask [B, R], clip [B, E] -> enhanced regions [B, R, F]."""
-        return enhance(regions, mask, F.normalize(self.project(clip), dim=1), self.sharpness)
+        return enhance(regions, mask, unit(self.project(clip)), self.sharpness)
 
 
 # ----------------------------------------------------------------------------------------------------- encoders
@@ -134,8 +134,8 @@ class GeneralizedPooling(nn.Module):
         sinusoids = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)                       # [longest, width]
         # A batch has few different lengths, so the GRU runs once a length and not once a row.
         length, row = lengths.unique(return_inverse=True)
-        inputs = pack_padded_sequence(sinusoids.expand(len(length), -1, -1), length.cpu(), batch_first=True,
-                                      enforce_sorted=False)
+        inputs = sinusoids.to(self.score.weight.dtype).expand(len(length), -1, -1)              # [.., longest, width]
+        inputs = pack_padded_sequence(inputs, length.cpu(), batch_first=True, enforce_sorted=False)
         read, _ = pad_packed_sequence(self.gru(inputs)[0], batch_first=True, total_length=longest)
         forwards, backwards = read.chunk(2, dim=2)                                              # [.., longest, width]
         scores = self.score((forwards + backwards) / 2).squeeze(2) / self.temperature
@@ -190,11 +190,11 @@ class USER(nn.Module):
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D] of unit length; no tokens."""
-        return Encoded(F.normalize(self.image_pool(*self.region_tokens(batch)), dim=1), None, None)
+        return Encoded(unit(self.image_pool(*self.region_tokens(batch))), None, None)
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D] of unit length; no tokens."""
-        return Encoded(F.normalize(self.text_pool(*self.word_tokens(batch)), dim=1), None, None)
+        return Encoded(unit(self.text_pool(*self.word_tokens(batch))), None, None)
 
 
 # -------------------------------------------------------------------------------------------- momentum contrast

@@ -294,7 +294,8 @@ def print_arms(rows: list[dict], budget: str) -> None:
 def print_searches(rows: list[dict], budget: str) -> None:
     """Claims 3 and 4, for models with tokens: the length of the shortlist, and the weight of the local similarity."""
     for model in MODELS:
-        whole = by_seed(rows, budget, model, "mixed")
+        measured = by_seed(rows, budget, model, f"shortlist {LENGTHS[0]}")  # these seeds have all lengths
+        whole = {seed: row for seed, row in by_seed(rows, budget, model, "mixed").items() if seed in measured}
         lines = []
         for k in LENGTHS:
             short = by_seed(rows, budget, model, f"shortlist {k}")

@@ -445,7 +445,7 @@ CLAIMS = {
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 0.8"),
     "10 the copy gives half of the answers, or all; USER with InfoNCE": (
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 1"),
-    "10 its two-stage similarity teaches every level, or each level its own": (
+    "10 the copy's two-stage similarity teaches every level, or each level has its own teacher": (
         "unified, averaged, taught two-stage", "unified, averaged"),
     "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),

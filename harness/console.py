@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -40,8 +41,10 @@ def code_of(command: Callable[[], int]) -> int:
             return leave_quietly()
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
-    except MemoryError:
-        message = "the memory of this machine is not enough; a smaller --batch-size needs less"
+    except (MemoryError, RuntimeError) as error:  # PyTorch says it by a RuntimeError, on a GPU and without one
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        message = "the memory of this machine or of its GPU is not enough; a smaller --batch-size needs less"
     try:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     except OSError:

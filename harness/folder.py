@@ -128,3 +128,10 @@ def fingerprint(split: data.Split) -> str:
         for array in split.features.read([row]):
             hashed.update(np.ascontiguousarray(array).tobytes())
     return hashed.hexdigest()
+
+
+def diverged(out: Path, found: str, epoch: int, step: int) -> BadInput:
+    """The error of a training whose numbers are not finite any more."""
+    kept = out / "checkpoint.pt"
+    return BadInput(f"{found} at epoch {epoch + 1}, step {step}: training diverged, try a smaller --lr. "
+                    + (f"{kept} holds the last good state" if kept.is_file() else "Nothing was kept"))

@@ -16,7 +16,7 @@ SMALL_SCENES = dict(  # words learnt from scratch in three minutes on two cores;
     text_encoder="from-scratch", text_layers=1, noise=0.0,
     dim=128, region_width=128, feedforward=256, dropout=0.0, momentum=0.999, keep="model",
     epochs=5, batch_size=72, captions_per_image=3, lr=1e-3, text_lr=1.0, warmup=100, schedule="linear", max_norm=20.0)
-UNIFIED = dict(  # no paper has this model: USER's rates, with what `unified.py` needs; at D 1024 re-ranking costs
+UNIFIED = dict(  # no paper has this model: USER's rates, with what `unified.py` needs
     guide="none", dim=256, reward_floor=False, infonce_weight=1.0, distill=0.5, reduction="mean", local_layers=2,
     local_weight=0.5)
 UNIFIED_SCENES = dict(  # its words are learnt from scratch

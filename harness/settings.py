@@ -129,7 +129,7 @@ class Training:
     captions_per_image: Annotated[int, "captions of an image that share a batch", (1, 1000)] = 1
     easy_epochs: Annotated[int, "first epochs, in which CMC takes the mean negative, not the hardest", (0, 10_000)] = 0
     lr: Annotated[float, "peak learning rate", (1e-9, 10)] = 1e-5
-    text_lr: Annotated[float, "learning rate of BERT, as a multiple of --lr; 0 freezes BERT", (0, 100)] = 1.0
+    text_lr: Annotated[float, "learning rate of BERT, as a multiple of --lr; 0 freezes its weights", (0, 100)] = 1.0
     weight_decay: Annotated[float, "weight decay of AdamW; 0 makes it Adam", (0, 1)] = 0.0
     warmup: Annotated[int, "steps of linear warm-up", (0, 1_000_000)] = 1000
     schedule: Annotated[Literal["linear", "step", "constant"], "rate after the warm-up; linear falls to 0"] = "step"

@@ -119,10 +119,7 @@ class Run:
         if self.step % LOOK_EVERY == 0 or self.step == self.steps_per_epoch:
             self.losses.append(loss.item() / (pairs if self.settings.run.model == "tgdt" else 1))
             if not math.isfinite(self.losses[-1]):
-                kept = self.out / "checkpoint.pt"
-                raise BadInput(f"the loss is {self.losses[-1]} at epoch {self.epoch + 1}, step {self.step}: training "
-                               f"diverged, try a smaller --lr. "
-                               + (f"{kept} holds the last good state" if kept.is_file() else "Nothing was kept"))
+                raise folder.diverged(self.out, f"the loss is {self.losses[-1]}", self.epoch, self.step)
             self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{self.losses[-1]:.3f}")
         stop = torchrun.any_of(self.interrupt.seen)
         if stop or time.perf_counter() - self.saved > SAVE_EVERY:
@@ -180,9 +177,11 @@ class Run:
         return {name: part for name, part in parts.items() if part is not None}
 
     def save(self) -> None:
-        """Write checkpoint.pt: all that an exact resume needs. Only rank 0 does."""
+        """Write checkpoint.pt: all that an exact resume needs. Only rank 0 does. Raises BadInput if a weight is NaN."""
         if torchrun.number() > 0:
             return
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):  # the last checkpoint is better
+            raise folder.diverged(self.out, "a weight is not finite", self.epoch, self.step)
         state = self.inputs | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
         state |= {name: getattr(self, name) for name in ("epoch", "step", "losses", "history")}
         state |= {name: part.state_dict() for name, part in self.parts().items()}

@@ -147,7 +147,20 @@ def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
     assert [len(batch) for batch in data.epoch_batches(image_of, 5, 1, 0, 0)] == [5, 5]
     assert [len(batch) for batch in data.epoch_batches(image_of, 16, 1, 0, 0)] == [10]
     assert [len(batch) for batch in data.epoch_batches(image_of, 5, 5, 0, 0)] == [5, 5]  # a caption an image
-    assert [len(batch) for batch in data.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 10 + [2] * 10
+    assert [len(batch) for batch in data.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 16  # one each
+
+
+@pytest.mark.parametrize("counts, batch_size, each, left_out", [
+    ([5] * 3, 2, 1, 0),             # an image may be the last of one round and the first of the next
+    ([90] + [2] * 9, 10, 2, 88),    # after the first round one image alone has captions left
+    ([7, 7, 1], 4, 2, 0)])
+def test_no_batch_has_one_image_alone(counts, batch_size, each, left_out):
+    image_of = np.repeat(np.arange(len(counts)), counts)
+    for epoch in range(50):
+        batches = data.epoch_batches(image_of, batch_size, each, 0, epoch)
+        assert all(len(set(image_of[batch])) > 1 for batch in batches)
+        captions = sum(batches, [])
+        assert len(captions) == len(set(captions)) >= len(image_of) - left_out - batch_size + 1
 
 
 # -------------------------------------------------------------------------------------------------------- caption noise

@@ -236,6 +236,15 @@ def test_info_nce_leaves_out_the_other_true_pairs():
     assert torch.autograd.gradcheck(lambda s: losses.info_nce(s, 0.5, positives), similarity.requires_grad_())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_info_nce_of_half_precision_is_computed_in_float32(dtype):
+    similarity = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    found = losses.info_nce(similarity, 0.01, positives, teacher=similarity.T, distill=0.5)
+    want = losses.info_nce(similarity.double(), 0.01, positives, teacher=similarity.T.double(), distill=0.5)
+    assert torch.isclose(found.double(), want, rtol=1e-5)
+
+
 def test_info_nce_with_a_teacher_by_hand():
     """The teacher is sure of nothing: each answer is 1/2 truth and 1/2 a coin, so 3/4 and 1/4."""
     similarity = torch.tensor([[3.0, 1.0], [0.0, 1.0]], dtype=torch.double)

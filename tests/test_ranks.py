@@ -73,8 +73,8 @@ def one_rank(rank: int, port: int, said: Path, function, arguments) -> None:
 def made_batch(regions: list[int], captions: list[int], seed: int) -> dict[str, torch.Tensor]:
     """A batch of images with so many regions, of which each has so many captions."""
     g = torch.Generator().manual_seed(seed)
-    mask, words = torch.arange(max(regions)) < torch.tensor(regions)[:, None], torch.randint(3, 9, (sum(captions),),
-                                                                                             generator=g)
+    mask = torch.arange(max(regions)) < torch.tensor(regions)[:, None]
+    words = torch.randint(3, 9, (sum(captions),), generator=g).sort().values  # the shares differ in their longest
     row = torch.arange(len(regions)).repeat_interleave(torch.tensor(captions))
     return {"regions": torch.randn(*mask.shape, 6, generator=g) * mask[:, :, None],
             "boxes": torch.rand(*mask.shape, 4, generator=g), "region_mask": mask,
@@ -82,23 +82,26 @@ def made_batch(regions: list[int], captions: list[int], seed: int) -> dict[str, 
             "word_mask": torch.arange(9) < words[:, None], "image_row": row, "image_index": row + 10 * seed}
 
 
-def three_steps(out: Path, model_name: str, fixed: int = 0, pieces: int = 1) -> None:
-    """Three steps of gradient descent in float64. Writes gradients and weights, for each rank, into the folder."""
+def three_steps(out: Path, model_name: str, fixed: int = 0, pieces: int = 1, many: int = 1) -> None:
+    """Three steps of gradient descent in float64. Writes gradients and weights, for each rank, into the folder.
+
+    many: how many times as many captions as 7. With 100 or more, each share is encoded in groups of like length.
+    """
     torch.set_default_dtype(torch.float64)
     with torchrun.started("cpu"), mock.patch.object(tgdt.Encoded, "float", lambda encoded: encoded):
         torch.manual_seed(torchrun.number())  # the ranks start apart, and are to take rank 0's weights
         guide = {} if model_name == "tgdt" else {"guide": "self", "guide_dropout": 0.0, "fixed_regions": fixed}
         guide |= {"distill": 0.5} if model_name == "tgdt-user" else {}
         chosen = settings.make({"model": model_name, "dim": 8, "region_width": 8, "feedforward": 16, "dropout": 0.0,
-                                "batch_size": 8, "queue": 20, **guide})
+                                "batch_size": 8 * many, "queue": 20 * many, **guide})
         model = models.build(chosen, models.text_encoder(chosen)[0], 6)
-        momentum = MomentumContrast(model, 8, 20, 0.9) if model_name != "tgdt" else None
+        momentum = MomentumContrast(model, 8, 20 * many, 0.9) if model_name != "tgdt" else None
         ranks.join(model, momentum)
         gradients = []
         for step in range(3):
             regions = [3] * 5 if fixed else [2, 4, 3, 1, 4]
-            loss = train.batch_loss(model, momentum, made_batch(regions, [1, 2, 1, 2, 1], step), chosen,
-                                    share=partial(ranks.encode, pieces=pieces))
+            loss = train.batch_loss(model, momentum, made_batch(regions, [many, 2 * many, many, 2 * many, many], step),
+                                    chosen, share=partial(ranks.encode, pieces=pieces))
             model.zero_grad()
             loss.backward()
             ranks.sum_gradients(model)
@@ -137,12 +140,14 @@ def one(tmp_path):
     return made
 
 
-@pytest.mark.parametrize("model, fixed", [("tgdt", 0), ("user", 0), ("user", 3), ("tgdt-user", 0)])
-def test_two_ranks_train_as_one_does(tmp_path, one, model, fixed):
-    """Gradients, weights, BatchNorm's statistics and queues, in float64; 5 images and 7 captions, cut unevenly."""
-    assert [code for code, _ in two_ranks(three_steps, tmp_path, model, fixed)] == [0, 0]
+@pytest.mark.parametrize("model, fixed, many", [("tgdt", 0, 1), ("user", 0, 1), ("user", 3, 1), ("tgdt-user", 0, 1),
+                                                ("tgdt", 0, 30), ("tgdt-user", 0, 30)])
+def test_two_ranks_train_as_one_does(tmp_path, one, model, fixed, many):
+    """Gradients, weights, BatchNorm's statistics and queues, in float64; 5 images and 7 captions, cut unevenly, and
+    30 times as many captions."""
+    assert [code for code, _ in two_ranks(three_steps, tmp_path, model, fixed, 1, many)] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    agree(first, one(model, fixed))
+    agree(first, one(model, fixed, 1, many))
     assert furthest(first["state"], second["state"]) == 0
     assert model == "tgdt" or any("queue.keys" in name for name in first["state"])
     assert model == "tgdt" or any("running_var" in name for name in first["state"])
@@ -236,10 +241,11 @@ def test_torchrun_trains_and_ctrl_c_saves(flags, tmp_path):
 # --------------------------------------------------------------------------------------------------------- pieces
 
 
-def test_pieces_have_the_gradients_of_the_whole(tmp_path, one):
-    whole = one("tgdt")
+@pytest.mark.parametrize("many", [1, 40])
+def test_pieces_have_the_gradients_of_the_whole(tmp_path, one, many):
+    whole = one("tgdt", 0, 1, many)
     (tmp_path / "one").rename(tmp_path / "whole")
-    agree(one("tgdt", 0, 3), whole)
+    agree(one("tgdt", 0, 3, many), whole)
 
 
 def test_pieces_are_computed_again_with_the_same_dropout(monkeypatch):

@@ -136,8 +136,10 @@ def test_one_query_no_corpus_no_tokens(corpus):
     assert torch.equal(one[0][0], every[0][3])
     coarse = retrieve.search(Embeddings("text", texts.globals), images, shortlist=12)[0]
     assert torch.equal(coarse, (texts.globals @ images.globals.T).argsort(1, descending=True))
+    nothing = torch.tensor([], dtype=torch.long)
+    assert [found.shape for found in retrieve.search(texts[nothing], images, shortlist=4)] == [(0, 4), (0, 4)]
     with pytest.raises(ValueError, match="empty"):
-        retrieve.search(texts, images[torch.tensor([], dtype=torch.long)])
+        retrieve.search(texts, images[nothing])
     with pytest.raises(ValueError, match="kind"):
         retrieve.search(texts, texts)
     with pytest.raises(ValueError, match="at least one"):

@@ -87,6 +87,36 @@ def test_a_run_that_diverges_says_so_and_leaves_the_folder_usable(flags, capsys,
     assert train.main([*flags, "--epochs", "1"]) == 0
 
 
+def test_no_checkpoint_is_written_over_a_good_one_once_a_weight_is_nan(flags, tmp_path, capsys, monkeypatch):
+    """The weights are lost in the third step. Every step saves, and no look at the loss comes before the next one."""
+    after_step, saved = training.Run.after_step, []
+
+    def broken(run, *given):
+        saved.append((tmp_path / "run" / "checkpoint.pt").is_file())
+        if run.step == 3:
+            next(run.model.parameters()).data[:] = float("nan")
+        return after_step(run, *given)
+
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    monkeypatch.setattr(training.Run, "after_step", broken)
+    refused(train.main, flags, capsys, "a weight is not finite at epoch 1, step 3", "holds the last good state")
+    assert saved == [False, True, True]
+    state = folder.read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert state["step"] == 2 and all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
+@pytest.mark.parametrize("work", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
+def test_too_little_memory_is_one_line(work, capsys):
+    assert console.run_command(work) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "memory" in message and "--batch-size" in message
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        console.run_command(lambda: torch.nn.Linear(2, 3).load_state_dict(torch.nn.Linear(3, 3).state_dict()))
+
+
 def test_training_ends_when_nobody_reads_its_output(flags, tmp_path):
     """As in `python train.py | head`: it saves and stops, without a traceback, and can go on."""
     command = [sys.executable, str(ROOT / "train.py"), *flags]

@@ -43,6 +43,18 @@ def test_the_coarse_vectors_are_those_of_user_with_the_same_weights():
 
 
 @torch.inference_mode()
+def test_all_is_of_unit_length_also_in_mixed_precision():
+    bert = BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False)
+    small = dict(region_width=8, region_layers=1, local_layers=1, global_layers=1, heads=2, feedforward=16)
+    for model in (make_model(), user.USER(bert, 12, 8).eval(), tgdt.TGDT(bert, 12, 8, **small).eval()):
+        with torch.autocast("cpu", torch.bfloat16):
+            sides = encoded(model, boxed())
+        for side in sides:
+            for vectors in (side.globals, *(part[side.mask] for part in (side.tokens, side.plain) if part is not None)):
+                assert torch.allclose(vectors.float().norm(dim=-1), torch.ones(()), atol=1e-5)
+
+
+@torch.inference_mode()
 def test_untrained_the_fine_level_changes_nothing():
     for side in encoded(make_model(trained=False), boxed()):
         assert torch.allclose(side.tokens[side.mask], side.plain[side.mask], atol=1e-6)

@@ -142,6 +142,12 @@ def test_gpo_is_mean_pooling_with_equal_scores_and_max_pooling_with_a_high_first
     assert torch.allclose(gpo(tokens, mask), largest, atol=1e-6)
 
 
+def test_gradients_of_gpo_in_double_precision():
+    pool, mask = user.GeneralizedPooling(width=4).double(), torch.tensor([[True] * 3, [True, False, True]])
+    tokens = rand(2, 3, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda tokens: pool(tokens, mask), tokens)
+
+
 def test_gpo_weights_depend_on_the_number_of_tokens_and_on_nothing_else():
     torch.manual_seed(0)
     gpo = user.GeneralizedPooling()
