@@ -19,6 +19,7 @@ import io
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -101,13 +102,18 @@ def slider(draw: Callable, **choices) -> None:
 
 
 def inputs(values: dict) -> None:
-    """A field for each number of a dictionary; what is typed goes into it. Nothing where the notebook isn't running."""
+    """A field for each number of a dictionary, which takes what is typed. Nothing where the notebook isn't running."""
     if not LIVE:
         return
     for name, value in values.items():
-        field = ipywidgets.FloatText(value=value or 0.0, description=name, layout={"width": "36em"},
-                                     style={"description_width": "28em"})
-        field.observe(lambda change, name=name: values.update({name: change["new"]}), "value")
+        field = ipywidgets.Text("" if value is None else f"{value:g}", description=name, layout={"width": "36em"},
+                                style={"description_width": "28em"})
+
+        def typed(change, name=name):
+            with suppress(ValueError):  # half a number, such as a minus
+                values[name] = float(change["new"])
+
+        field.observe(typed, "value")
         display(field)
 
 
