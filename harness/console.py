@@ -32,8 +32,8 @@ def code_of(command: Callable[[], int]) -> int:
     """The exit code of a command, after the one line that an error gets."""
     try:
         return command()
-    except BadInput as error:
-        message = str(error)
+    except BadInput as error:  # from a process of --workers it comes with a traceback, which it ends
+        message = str(error).rsplit("BadInput: ", 1)[-1]
     except KeyboardInterrupt:
         return 130
     except OSError as error:
@@ -41,15 +41,26 @@ def code_of(command: Callable[[], int]) -> int:
             return leave_quietly()
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:  # PyTorch says it by a RuntimeError, on a GPU and without one
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        message = fault_of_the_machine(error)
+        if not message:
             raise
-        message = "the memory of this machine or of its GPU is not enough; a smaller --batch-size needs less"
     try:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     except OSError:
         return leave_quietly()
     return 2
+
+
+def fault_of_the_machine(error: MemoryError | RuntimeError) -> str:
+    """What to say of an error that this machine is to blame for, and nothing of an error in the program."""
+    if "DataLoader worker" in str(error):
+        return "a process that reads batches has ended: take fewer --workers, or more shared memory (docker --shm-size)"
+    # PyTorch says it by a RuntimeError, on a GPU and without one.
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return ("the memory of this machine or of its GPU is not enough; training needs less with a smaller "
+                "--batch-size, TGDT also with --pieces")
+    return ""
 
 
 def leave_quietly() -> int:
@@ -61,6 +72,11 @@ def leave_quietly() -> int:
         except (OSError, ValueError):  # not a real file, as in a notebook
             pass
     return 141
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For a process that reads batches: Ctrl-C reaches it too, but the loop stops after the current step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Interrupt:

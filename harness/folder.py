@@ -71,7 +71,7 @@ def resumed_settings(folder: Path, given: dict) -> Settings:
         raise BadInput(f"{folder / 'checkpoint.pt'}: missing, so the run cannot go on; best.pt can still be searched")
     for name, value in given.items():
         before = values[name]
-        if value is None or value == before:
+        if value is None or value == before or (name, value) == ("regions", "auto"):  # settings.json has what it became
             continue
         if name not in MAY_CHANGE and (name != "epochs" or value < before):
             raise BadInput(f"{folder} holds a run with {settings_.flag(name)} {before}, not {value}: resume it with "
@@ -101,15 +101,23 @@ def open_run(folder: Path) -> Opened:
         raise BadInput(f"{folder / 'best.pt'}: missing, though {checkpoint['epoch']} epochs have ended")
     with explained(path, f"a checkpoint that fits {folder / 'settings.json'}"):
         check_settings(path, checkpoint, settings)
-        bert = BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False)
+        bert, tokenizer = text_encoder(folder, checkpoint)
         clip_dim = (checkpoint["seen"]["clip"] or {}).get("dim", 0)
         model = models.build(settings, bert, checkpoint["feature_dim"], clip_dim)
         model.load_state_dict(checkpoint["model"])
+    return Opened(settings, checkpoint, model.eval(), tokenizer)
+
+
+def text_encoder(folder: Path, checkpoint: dict) -> tuple[BertModel, BertTokenizer]:
+    """A BERT of the shape that the checkpoint's weights have, still without them, and the tokenizer of a run folder.
+
+    Raises BadInput if the tokenizer cannot be read.
+    """
     try:
         tokenizer = models.read_tokenizer(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / 'tokenizer'}: the tokenizer cannot be read") from error
-    return Opened(settings, checkpoint, model.eval(), tokenizer)
+    return BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False), tokenizer
 
 
 def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:

@@ -28,7 +28,10 @@ def open_log(kind: str | None, out: Path, settings: settings_.Settings) -> Calla
         if kind == "wandb":
             import wandb
 
-            run = wandb.init(dir=out, name=out.name, config=settings_.flat(settings))
+            try:
+                run = wandb.init(dir=out, name=out.name, config=settings_.flat(settings))
+            except Exception as error:  # of its own kinds, as without a login
+                raise BadInput(f"--log wandb: {error}") from error
             return lambda line: run.log(dict(numbers(line)), step=line["epoch"])
     except ImportError as error:
         raise BadInput(f"--log {kind}: not installed; pip install {kind}") from error

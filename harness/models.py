@@ -36,7 +36,7 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
         tokenizer = read_tokenizer(name, **options)
         bert, found = BertModel.from_pretrained(
             name, add_pooling_layer=False, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-            output_loading_info=True, **options)
+            output_loading_info=True, dtype=torch.float32, **options)
     except Exception as error:  # transformers raises many kinds for a folder that is missing or damaged
         files = "config.json, tokenizer.json, tokenizer_config.json and model.safetensors"
         raise hub.cannot_load("text encoder", name, files, "--text-encoder", options["local_files_only"],
@@ -84,11 +84,14 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
 
 
 def resolve(device: str, precision: str) -> tuple[torch.device, str]:
-    """What "auto" means on this machine: its first GPU and bfloat16, else the CPU and float32.
+    """What "auto" means on this machine: its first GPU, else the CPU; bfloat16 on a GPU that has it, else float32.
 
     Raises BadInput for "cuda" where there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: PyTorch finds no GPU on this machine; use --device cpu")
     found = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    return found, ("bfloat16" if found.type == "cuda" else "float32") if precision == "auto" else precision
+    if precision == "auto":  # older GPUs emulate bfloat16, and are slow with it
+        fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if fast else "float32"
+    return found, precision

@@ -133,7 +133,8 @@ def run_page(args: argparse.Namespace) -> int:
     try:
         import gradio as gr
     except ImportError as error:
-        raise BadInput("the page needs Gradio, which is not installed: pip install gradio") from error
+        raise BadInput("the page needs Gradio, which is not installed: "
+                       f'pip install "gradio>={OLDEST[0]}.{OLDEST[1]}"') from error
     if tuple(map(int, gr.__version__.split(".")[:2])) < OLDEST:
         raise BadInput(f"the page needs Gradio {OLDEST[0]}.{OLDEST[1]} or newer, found {gr.__version__}: "
                        "pip install --upgrade gradio")

@@ -59,7 +59,10 @@ def connect(address: str) -> Connection:
         from qdrant_client import QdrantClient
     except ImportError:
         raise BadInput(f"{address}: needs Qdrant's client: pip install qdrant-client qdrant-edge-py") from None
-    url = urlsplit(address)
+    try:
+        url, _ = urlsplit(address), urlsplit(address).port
+    except ValueError as error:  # the host or the port cannot be one
+        raise BadInput(f"{address.rpartition('@')[2]}: expected qdrant://HOST:PORT/NAME ({error})") from None
     if address.startswith("qdrant:") and not address.startswith("qdrant://") and url.path:
         return Connection(address, Embedded(Path(address.removeprefix("qdrant:"))))
     name, key = url.path.strip("/"), os.environ.get("QDRANT_API_KEY")

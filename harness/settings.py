@@ -24,7 +24,7 @@ class Run:
     model: Annotated[Literal["tgdt", "user", "tgdt-user"], "which model; tgdt-user is both papers in one"] = "tgdt"
     preset: Annotated[Literal["small", "paper"], "small is for a laptop, paper has the released values"] = "small"
     seed: Annotated[int, "seed of weights, dropout, batch order and caption noise", (0, 2**32 - 1)] = 0
-    precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto is bfloat16 on a GPU, else float32"] = "auto"
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto is bfloat16 on a GPU that has it"] = "auto"
 
 
 @dataclass

@@ -47,15 +47,18 @@ def started(device: str) -> Iterator[None]:
     # The limit is long, because the others wait while rank 0 computes features or evaluates.
     distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(days=1),
                                    device_id=gpu)
+    whole = False
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):
             yield
+        whole = True
     except BaseException as error:
         if not says_it_first(store):
             raise SystemExit(2) from error
         raise
     finally:
-        distributed.destroy_process_group()
+        if whole or gpu is None:  # after an error NCCL would wait here for the other ranks
+            distributed.destroy_process_group()
 
 
 def says_it_first(store: distributed.Store) -> bool:
@@ -67,12 +70,15 @@ def says_it_first(store: distributed.Store) -> bool:
 
 
 def exchange(collective: Callable, *tensors: object, **options: object) -> None:
-    """Call a function of torch.distributed. Raises ConnectionError if another rank has ended."""
+    """Call a function of torch.distributed. Raises ConnectionError if it fails, as when another rank has ended."""
     try:
         collective(*tensors, **options)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
+        cause = f" ({str(error).splitlines()[0]})" if "NCCL" in str(error) else ""  # it fails for other reasons, too
         raise ConnectionError("another process of this training has ended; --resume goes on from the last "
-                              "checkpoint") from error
+                              f"checkpoint{cause}") from error
 
 
 def any_of(flag: bool) -> bool:

@@ -82,6 +82,8 @@ class Run:
                 torch.cuda.set_rng_state(self.last["cuda_rng"])
             if torchrun.number() == 0:
                 self.write_history()  # a kill may have come between the checkpoint and this file
+            self.started -= self.history[-1]["seconds"] if self.history else 0
+            self.last = None  # it has the size of the model, the copy and the optimizer
         self.bar.update(self.epoch * self.steps_per_epoch + self.step)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
@@ -92,7 +94,7 @@ class Run:
         # A generator of the loader's own leaves the global one alone, on which an exact resume rests.
         loader = DataLoader(pairs, sampler=self.plan(self.epoch)[self.step :], batch_size=None,
                             num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                            generator=torch.Generator())
+                            generator=torch.Generator(), worker_init_fn=console.ignore_interrupts)
         for batch in loader:
             ranks.reseed(self.settings.run.seed, self.epoch * self.steps_per_epoch + self.step)
             yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -161,8 +163,6 @@ class Run:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_whole(self.out / "history.jsonl", lambda file: file.write(lines.encode()))
 
-    # ---------------------------------------------------------------------------------------------------- its parts
-
     @property
     def kept(self) -> nn.Module:
         """What is evaluated, and kept as best.pt: the model, or its momentum copy."""
@@ -212,7 +212,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
                        split_seed=settings.pictures.split_seed)
     settings.pictures.regions = pictures.kind(settings, splits, where)
     say(f"loading the text encoder: {settings.text.text_encoder}")
-    bert, tokenizer = models.text_encoder(settings)
+    known = last and (out / "tokenizer").is_dir()  # then the text encoder's own files are not needed any more
+    bert, tokenizer = folder.text_encoder(out, last) if known else models.text_encoder(settings)
     if torchrun.number() == 0:  # before the features, which take long, so that --resume works
         settings_.write(out / "settings.json", settings)
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])
@@ -229,7 +230,7 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     if queue or settings.momentum.keep == "momentum":
         momentum = MomentumContrast(model, settings.architecture.dim, queue, settings.momentum.momentum).to(where)
     words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
-    if torchrun.number() == 0 and not (last and (out / "tokenizer").is_dir()):  # a whole one stays as it is
+    if torchrun.number() == 0 and not known:
         with explained(out / "tokenizer", "a folder that can be written"):
             tokenizer.save_pretrained(out / "tokenizer")
     inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict(), "train_data": train_data}
@@ -271,7 +272,7 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
                 run.log = log
             ranks.join(run.model, run.momentum)
             finished = train_guarded(train, run)
-        except (BadInput, OSError):
+        except (BadInput, OSError, MemoryError, RuntimeError):
             if first and not options.resume and not folder.best_checkpoint(out).exists():  # nothing to go on from
                 (out / "settings.json").unlink(missing_ok=True)
                 shutil.rmtree(out / "tokenizer", ignore_errors=True)

@@ -150,4 +150,4 @@ def test_without_gradio_one_line_says_how_to_install_it(tmp_path, capsys, monkey
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     assert retrieve.main(["page", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "pip install gradio" in said and said.count("\n") == 1
+    assert 'pip install "gradio>=' in said and said.count("\n") == 1

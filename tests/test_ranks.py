@@ -218,6 +218,16 @@ def test_of_one_mistake_one_rank_speaks(flags, tmp_path):
     assert (out / "settings.json").read_text() == "{}"
 
 
+def test_a_collective_that_fails_says_why():
+    def broken(text: str):
+        raise RuntimeError(text)
+
+    for text, said in (("NCCL error: unhandled system error\nmore", r"checkpoint \(NCCL error: unhandled"),
+                       ("Connection closed by peer", "last checkpoint$")):
+        with pytest.raises(ConnectionError, match=said):
+            torchrun.exchange(broken, text)
+
+
 def test_torchrun_trains_and_ctrl_c_saves(flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(ROOT / "train.py"), *flags, "--epochs", "10000"]

@@ -2,6 +2,7 @@
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -342,3 +343,18 @@ def test_device_and_precision_without_a_gpu():
     assert models.resolve("cpu", "bfloat16") == (torch.device("cpu"), "bfloat16")
     with pytest.raises(BadInput, match="--device cuda"):
         models.resolve("cuda", "auto")
+
+
+def test_a_gpu_without_bfloat16_gets_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_it, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert models.resolve("auto", "auto") == (torch.device("cuda"), expected)
+        assert models.resolve("auto", "float32")[1] == "float32"
+
+
+def test_a_text_encoder_in_half_precision_is_trained_in_float32(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "half")
+    BertModel.from_pretrained(bert).half().save_pretrained(tmp_path / "half")
+    chosen = settings.make({"dataset": "flickr8k", "text_encoder": str(tmp_path / "half"), "text_layers": 1})
+    assert {weight.dtype for weight in models.text_encoder(chosen)[0].parameters()} == {torch.float32}

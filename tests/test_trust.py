@@ -105,6 +105,52 @@ def test_no_checkpoint_is_written_over_a_good_one_once_a_weight_is_nan(flags, tm
     assert state["step"] == 2 and all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
+def test_after_too_little_memory_a_smaller_batch_can_be_tried_at_once(flags, capsys, monkeypatch):
+    def too_large(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(losses, "cmc", too_large)
+    refused(train.main, flags, capsys, "smaller --batch-size")
+    monkeypatch.undo()
+    assert train.main([*flags, "--batch-size", "2", "--epochs", "1"]) == 0
+
+
+class Broken(torch.utils.data.Dataset):
+    """Whose first item tells what a process that reads batches does with Ctrl-C, and whose second one is bad."""
+
+    def __getitem__(self, row: int) -> bool:
+        if row == 1:
+            raise files.BadInput("train_ims.npy, row 1: found NaN")
+        return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_processes_that_read_batches_leave_ctrl_c_to_the_loop_and_end_in_one_line(capsys):
+    loader = torch.utils.data.DataLoader(Broken(), sampler=[0, 1], batch_size=None, num_workers=1,
+                                         worker_init_fn=console.ignore_interrupts)
+    read = iter(loader)
+    assert next(read) is True
+    assert console.run_command(lambda: next(read)) == 2
+    assert capsys.readouterr().err == "error: train_ims.npy, row 1: found NaN\n"
+
+    def killed():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                           "workers are out of shared memory.")
+
+    assert console.run_command(killed) == 2
+    assert "--shm-size" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_without_its_text_encoder_s_files_and_with_its_own_command(flags, bert, tmp_path):
+    moved = tmp_path / "bert"
+    shutil.copytree(bert, moved)
+    flags = [str(moved) if flag == str(bert) else flag for flag in flags] + ["--regions", "auto"]
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    shutil.rmtree(moved)
+    assert train.main([*flags, "--resume"]) == 0
+    history = folder.read_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]
+    assert [line["epoch"] for line in history] == [1, 2] and history[0]["seconds"] < history[1]["seconds"]
+
+
 @pytest.mark.parametrize("work", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
 def test_too_little_memory_is_one_line(work, capsys):
     assert console.run_command(work) == 2
@@ -381,3 +427,9 @@ def test_a_log_gets_what_history_has_or_says_what_to_install(flags, tmp_path, ca
     lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [step for step, _ in sent] == [1, 2]
     assert [values["val/two_stage/rsum"] for _, values in sent] == [line["val"]["two_stage"]["rsum"] for line in lines]
+
+    def unknown(**given):
+        raise Exception("api_key not configured")
+
+    Wandb.init = unknown
+    refused(train.main, [*flags, "--log", "wandb", "--out", str(tmp_path / "other")], capsys, "api_key not configured")
