@@ -71,14 +71,15 @@ class Cache:
             self.network = self.make()
             check_same(self.identity, self.network.identity)
 
-    def add(self, pictures: list[tuple[str, Facts]], digests: list[str], batch: dict[str, Tensor]) -> None:
+    def add(self, pictures: list[tuple[str, Facts]], digests: list[str],
+            batch: dict[str, np.ndarray]) -> dict[str, str]:
         """Write down pictures, given as (digest, facts), after the network has looked at the new ones among them.
 
-        digests: of the prepared pictures that `batch` holds.
+        digests: of the prepared pictures that `batch` holds. Returns what is wrong with those left out, by digest.
         """
         new = [row for row, key in enumerate(digests) if self.store.find(key) is None]
-        values = self.network.look({name: tensor[new] for name, tensor in batch.items()}) if new else {}
-        self.store.add(pictures, values)
+        tensors = {name: torch.from_numpy(array[new]) for name, array in batch.items()}
+        return self.store.add(pictures, self.network.look(tensors) if new else {})
 
 
 def check_same(wanted: dict, found: dict) -> None:
@@ -123,7 +124,7 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
     batches = [todo[start : start + size] for start in range(0, len(todo), size)]
     workers = 0 if len(todo) <= FEW else workers or min(8, os.cpu_count() or 1)
     loader = DataLoader(Decoded(pictures, lacking, used), sampler=batches, batch_size=None, num_workers=workers,
-                        pin_memory=any(cache.network.device.type == "cuda" for cache in used.values()),
+                        collate_fn=tuple,  # changes nothing; without it arrays would become tensors
                         generator=torch.Generator())  # so that it takes no random numbers from the program's generator
     names = " and ".join(cache.identity["network"] for cache in used.values())
     bar = tqdm(total=len(todo), desc=f"{names} at the pictures", unit="picture", dynamic_ncols=True)
@@ -135,7 +136,9 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
                 for name, cache in used.items():
                     seen = [(key, known[place]) for place, key in digests.items() if name in lacking[place]]
                     if seen:
-                        cache.add(seen, *prepared.get(name, ([], {})))
+                        bad = cache.add(seen, *prepared.get(name, ([], {})))
+                        errors |= {place: f"{known[place][0]}: {bad[key]}"
+                                   for place, key in digests.items() if key in bad}
                 bar.update(len(digests) + len(wrong))
                 if bar.n == FIRST * size < len(todo):
                     minutes = bar.format_dict["elapsed"] / bar.n * len(todo) / 60
@@ -158,7 +161,8 @@ class Decoded(Dataset):
     """Decodes and prepares pictures, in other processes. decoded[places] -> digests, errors, prepared:
 
     digests {place: digest} of the pictures that can be used; errors {place: message} of the others; prepared, for each
-    network that has to look at any of them, their digests and their tensors, stacked.
+    network that has to look at any of them, their digests and their arrays, stacked. These are no tensors, because
+    PyTorch would send tensors through shared memory, of which a container may have too little.
     """
 
     def __init__(self, pictures: Sequence, lacking: list[list[str]], caches: dict[str, Cache]):
@@ -186,7 +190,7 @@ class Decoded(Dataset):
         return digests, errors, {name: stacked(own) for name, own in prepared.items() if own}
 
 
-def stacked(prepared: dict[str, dict[str, Tensor]]) -> tuple[list[str], dict[str, Tensor]]:
-    """Prepared pictures by their digests -> the digests, and their tensors, one batch of each name."""
+def stacked(prepared: dict[str, dict[str, Tensor]]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Prepared pictures by their digests -> the digests, and for each name an array of all pictures."""
     first = next(iter(prepared.values()))
-    return list(prepared), {name: torch.stack([own[name] for own in prepared.values()]) for name in first}
+    return list(prepared), {name: np.stack([own[name].numpy() for own in prepared.values()]) for name in first}

@@ -42,8 +42,12 @@ def regions_network(kind: str, name: str, weights: str, count: int, side: int, c
 
 
 def in_bfloat16(device: torch.device) -> torch.autocast:
-    """A block in which the heavy layers run in bfloat16 if the device is a GPU. On a processor it changes nothing."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    """A block in which the heavy layers run in bfloat16 if the device is a GPU made for it. Elsewhere it does nothing.
+
+    Older GPUs (V100, T4) can only imitate bfloat16, which is slow.
+    """
+    made_for_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16, enabled=made_for_it)
 
 
 def squashed(picture: Image.Image, side: int) -> dict[str, Tensor]:
@@ -80,7 +84,7 @@ class Normalised:
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self.mean.device, non_blocking=True).float() / 255 - self.mean) / self.std
+        return (pixels.to(self.mean.device).float() / 255 - self.mean) / self.std
 
 
 class Detector:
@@ -96,7 +100,7 @@ class Detector:
         self.normalised = Normalised(net.transform.image_mean, net.transform.image_std, device)
         self.dim = net.roi_heads.box_predictor.cls_score.in_features
         self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "side": side,
-                         "regions": count, "dim": self.dim}
+                         "regions": count, "dim": self.dim, "version": 2}  # 1 could pool at twice the right scale
         self.prepare = partial(on_canvas, side=side)
 
     @torch.inference_mode()
@@ -104,18 +108,19 @@ class Detector:
         """pixels [B, 3, S, S] and size [B, 2] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
         heads, sizes = self.net.roi_heads, [tuple(size) for size in batch["size"].tolist()]
         pixels = self.normalised(batch["pixels"])
+        canvases = [tuple(pixels.shape[-2:])] * len(sizes)
         with in_bfloat16(self.device):
             maps = self.net.backbone(pixels)
         maps = {"0": maps} if isinstance(maps, Tensor) else maps
         maps = {name: of_level.float() for name, of_level in maps.items()}
         proposals = self.net.rpn(ImageList(pixels, sizes), maps)[0]
-        scores, shifts = heads.box_predictor(self.pooled(maps, proposals, sizes))
+        scores, shifts = heads.box_predictor(self.pooled(maps, proposals, canvases))
         refined = heads.box_coder.decode(shifts, proposals)  # [all proposals, classes, 4]
         likeliest, label = scores.softmax(1)[:, 1:].max(1)  # class 0 is the background
         refined = refined[torch.arange(len(label), device=label.device), label + 1]
         each = [len(own) for own in proposals]
         found = [self.best(*own) for own in zip(refined.split(each), likeliest.split(each), sizes, strict=True)]
-        features = self.pooled(maps, found, sizes).split([len(boxes) for boxes in found])
+        features = self.pooled(maps, found, canvases).split([len(boxes) for boxes in found])
         out = {"regions": np.zeros((len(found), self.count, self.dim), np.float32),
                "boxes": np.zeros((len(found), self.count, 4), np.float32), "count": np.zeros(len(found), np.float32)}
         for row, (boxes, seen, (height, width)) in enumerate(zip(found, features, sizes, strict=True)):
@@ -124,9 +129,12 @@ class Detector:
             out["count"][row] = len(boxes)
         return out
 
-    def pooled(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
-        """The features [all boxes, F] in some boxes of each picture."""
-        inside = self.net.roi_heads.box_roi_pool(maps, boxes, sizes)
+    def pooled(self, maps: dict[str, Tensor], boxes: list[Tensor], canvases: list[tuple[int, int]]) -> Tensor:
+        """The features [all boxes, F] in some boxes of each picture.
+
+        canvases: what the maps show of each picture, its height and width. torchvision finds the maps' scale from them.
+        """
+        inside = self.net.roi_heads.box_roi_pool(maps, boxes, canvases)
         with in_bfloat16(self.device):
             features = self.net.roi_heads.box_head(inside)
         return features.float()
@@ -195,7 +203,8 @@ class Patches:
         self.normalised = Normalised(clip.processor.image_mean, clip.processor.image_std, device)
         self.dim = clip.vision.config.hidden_size
         self.identity = {"kind": "clip", "network": "CLIP", "weights": fingerprint(clip.vision), "side": clip.side,
-                         "regions": across**2, "dim": self.dim}
+                         "regions": across**2, "dim": self.dim, "layers": clip.layers,
+                         "pixels": [list(clip.processor.image_mean), list(clip.processor.image_std)]}
 
     @torch.inference_mode()
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -230,7 +239,7 @@ class Clip:
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         options = hub.options(name)
         try:
-            clip, report = CLIPModel.from_pretrained(name, output_loading_info=True, **options)
+            clip, report = CLIPModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **options)
         except (OSError, ValueError, RuntimeError) as error:
             files = "config.json, preprocessor_config.json and pytorch_model.bin or model.safetensors"
             raise hub.cannot_load("CLIP", name, files, "--clip-model", options["local_files_only"], error) from error
@@ -245,15 +254,17 @@ class Clip:
         except OSError:  # there is no preprocessor_config.json, but all CLIPs prepare pictures alike
             self.processor = CLIPImageProcessor(**frame)
         self.name, self.dim, self.device = name, self.project.out_features, torch.device(device)
+        self.layers = {key: getattr(self.vision.config, key)  # what the shapes of the weights do not tell
+                       for key in ("hidden_act", "layer_norm_eps", "num_attention_heads")}
         self.batch_size = 128 if self.device.type == "cuda" else 32
         self.identity = {"kind": "clip-guide", "network": "CLIP", "weights": fingerprint(self.vision, self.project),
-                         "prepared": self.processor.to_json_string(), "dim": self.dim}
+                         "prepared": self.processor.to_json_string(), "dim": self.dim, "layers": self.layers}
         self.prepare = partial(as_clip_sees, processor=self.processor)
 
     @torch.inference_mode()
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """pixels [B, 3, S, S] -> clip [B, E] float32 of unit length."""
-        pixels = batch["pixels"].to(self.device, non_blocking=True)
+        pixels = batch["pixels"].to(self.device)
         with in_bfloat16(self.device):
             seen = self.project(self.vision(pixel_values=pixels).pooler_output)
         return {"clip": F.normalize(seen.float(), dim=1).cpu().numpy()}

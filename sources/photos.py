@@ -11,13 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from sources.files import BadInput, explained
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "train2014", "val2014")
 ENOUGH = 1600  # pixels of a side: twice what any network here looks at
 MOST_PIXELS, MOST_BYTES = 100_000_000, 1_000_000_000  # of one picture
+NO_PICTURES = {".eps", ".h5", ".hdf", ".mpeg", ".mpg", ".palm", ".pdf", ".ps"}  # Pillow lists them too
+TURN = Image.Transpose
+UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
+           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF's orientation
 UNUSABLE = re.compile(r"^[/\\]|(^|[/\\])\.\.([/\\]|$)|[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -51,7 +56,8 @@ def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image
     with explained(source, "a picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of large pictures
         try:
-            image = Image.open(io.BytesIO(content))
+            jpeg = content.startswith(b"\xff\xd8\xff")  # Image.open would refuse a large one before it is halved
+            image = JpegImageFile(io.BytesIO(content)) if jpeg else Image.open(io.BytesIO(content))
         except UnidentifiedImageError:  # Pillow's message would name a buffer, not the file
             raise ValueError("Pillow does not know this kind of file") from None
         if image.format == "EPS":
@@ -62,7 +68,9 @@ def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image
             pixels = image.width * image.height
         if pixels > MOST_PIXELS:
             raise ValueError(f"it has {pixels:,} pixels, the limit is {MOST_PIXELS:,}")
-        return in_rgb(ImageOps.exif_transpose(image))
+        image.load()  # turns a TIFF upright
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+        return in_rgb(image if turn is None else image.transpose(turn))
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
@@ -87,7 +95,7 @@ def listed(folder: Path) -> list[Path]:
 
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with pictures")
-    endings = Image.registered_extensions()
+    endings = Image.registered_extensions().keys() - NO_PICTURES
     found = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=stop) for name in names
                    if Path(name).suffix.lower() in endings and not name.startswith("."))
     if not found:

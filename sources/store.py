@@ -103,37 +103,40 @@ class Store:
         """The row of a picture, by its facts or by its digest; None if it is not here."""
         return self.row_of.get(known if isinstance(known, str) else self.digest_of.get(known, ""))
 
-    def add(self, pictures: Sequence[tuple[str, Facts]], values: dict[str, np.ndarray]) -> None:
+    def add(self, pictures: Sequence[tuple[str, Facts]], values: dict[str, np.ndarray]) -> dict[str, str]:
         """Write down pictures, given as (digest, facts). When this returns, they are on the disk.
 
-        values: for each array one row for each digest that is new, in the order of `pictures`. Raises BadInput for NaN,
-        infinity and numbers beyond LARGEST, and if the disk cannot be written.
+        values: for each array one row for each digest that is new, in the order of `pictures`. Pictures with NaN,
+        infinity or numbers beyond LARGEST are left out. Returns what is wrong with these, by digest. Raises BadInput if
+        the disk cannot be written.
         """
         new = list(dict.fromkeys(key for key, _ in pictures if key not in self.row_of))
-        checked = {name: self.checked(name, values[name], new, pictures) for name in self.arrays} if new else {}
-        for name, rows in checked.items():
-            files.append(self.folder / name, len(self) * self.row_bytes(name), rows.tobytes())
-        new_rows = {key: len(self) + place for place, key in enumerate(new)}
+        rows, wrong = {}, {}
+        for name in self.arrays if new else ():
+            rows[name] = self.converted(name, values[name], len(new))
+            absurd = ~(np.abs(rows[name].astype("f4")) <= LARGEST).reshape(len(new), -1).all(1)
+            advice = " in half precision: take --feature-dtype float32" if self.arrays[name][1] == "f2" else ""
+            wrong = {new[row]: f"the network gives no finite {name}{advice}" for row in np.flatnonzero(absurd)} | wrong
+        good = [row for row, key in enumerate(new) if key not in wrong]
+        for name in rows:
+            files.append(self.folder / name, len(self) * self.row_bytes(name), rows[name][good].tobytes())
+        new_rows = {new[row]: len(self) + place for place, row in enumerate(good)}
+        pictures = [(key, known) for key, known in pictures if key not in wrong]
         lines = [json.dumps([new_rows.get(key, self.find(key)), key, *known]) + "\n" for key, known in pictures]
         content = "".join(lines).encode()
         files.append(self.folder / "pictures.jsonl", self.whole, content)  # last, because it makes the rows count
         self.whole += len(content)
         self.row_of |= new_rows
         self.digest_of |= {known: key for key, known in pictures}
+        return wrong
 
-    def checked(self, name: str, rows: np.ndarray, new: list[str], pictures: Sequence[tuple[str, Facts]]) -> np.ndarray:
-        """The rows in the array's type. Raises BadInput, naming the picture, for numbers that are absurd."""
+    def converted(self, name: str, rows: np.ndarray, count: int) -> np.ndarray:
+        """The rows in the array's type, in which large numbers may become infinite. count: how many there should be."""
         shape, kind = self.arrays[name]
+        if rows.shape != (count, *shape):
+            raise ValueError(f"{name} should be {(count, *shape)}, got {rows.shape}")
         with np.errstate(over="ignore"):
-            rows = rows.astype(kind)
-        if rows.shape != (len(new), *shape):
-            raise ValueError(f"{name} should be {(len(new), *shape)}, got {rows.shape}")
-        bad = np.flatnonzero(~(np.abs(rows.astype("f4")) <= LARGEST).reshape(len(rows), -1).all(1))
-        if len(bad):
-            file = next(known[0] for key, known in pictures if key == new[bad[0]])
-            advice = " in half precision: take --feature-dtype float32" if kind == "f2" else ""
-            raise BadInput(f"{file}: the network gives no finite {name}{advice}")
-        return rows
+            return rows.astype(kind)
 
     def read(self, name: str, rows: Sequence[int]) -> np.ndarray:
         """Rows of an array as float32 (of "count" as int32). Raises BadInput if the file has been damaged."""

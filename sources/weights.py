@@ -33,13 +33,14 @@ def load_classifier(name: str, weights: str) -> Classifier:
     """
     if name == "efficientnet-lite0" and not weights:
         return efficientnet_lite0()
-    state = state_dict(name, weights, torchvision.models, "a classification network of torchvision, such as resnet50")
+    file = find(name, weights, torchvision.models, "a classification network of torchvision, such as resnet50")
+    state = state_dict(name, file)
     biases = [value for key, value in state.items() if key.endswith("bias")]
     net = torchvision.models.get_model(name, weights=None, num_classes=len(biases[-1]) if biases else 1000)
     if not hasattr(net, "avgpool"):
         raise BadInput(f"--region-network {name}: its last feature map is not known here. Take a network whose pooling "
                        "is called avgpool, such as resnet50, efficientnet_b0, convnext_tiny or regnet_y_400mf")
-    fill(net, state, name, weights)
+    fill(net, state, name, file)
     pixels = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     return Classifier(name, net, input_of_avgpool, pixels.mean, pixels.std)
 
@@ -68,19 +69,20 @@ def efficientnet_lite0() -> Classifier:
 
 def load_detector(name: str, weights: str) -> nn.Module:
     """A two-stage detector of torchvision. Raises BadInput if its weights are not to be had or do not fit."""
-    state = state_dict(name, weights, torchvision.models.detection,
-                       "a detection network of torchvision, such as fasterrcnn_resnet50_fpn_v2")
+    file = find(name, weights, torchvision.models.detection,
+                "a detection network of torchvision, such as fasterrcnn_resnet50_fpn_v2")
+    state = state_dict(name, file)
     classes = state.get("roi_heads.box_predictor.cls_score.weight")
     if classes is None:
         raise BadInput(f"--region-network {name}: its weights have no box predictor, expected a two-stage detector, "
                        "such as fasterrcnn_resnet50_fpn_v2")
     net = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=len(classes))
-    fill(net, state, name, weights)
+    fill(net, state, name, file)
     return net
 
 
-def state_dict(name: str, weights: str, models: ModuleType, expected: str) -> dict[str, Tensor]:
-    """The weights of a network. models: the module of torchvision that has to have it.
+def find(name: str, weights: str, models: ModuleType, expected: str) -> Path:
+    """The file with the weights of a network, downloaded if need be. models: the module of torchvision that has it.
 
     Raises BadInput if the network or the weights are unknown. If the weights cannot be downloaded, the message says
     which file to fetch and where to put it.
@@ -88,31 +90,41 @@ def state_dict(name: str, weights: str, models: ModuleType, expected: str) -> di
     if name not in torchvision.models.list_models(module=models):
         raise BadInput(f"--region-network {name}: expected {expected}")
     if Path(weights).is_file():
-        state = read_weights(Path(weights), f"a state dict of {name}")
-        if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise BadInput(f"{weights}: expected a state dict of {name}, a dictionary of tensors")
-        return state
+        return Path(weights)
     published = torchvision.models.get_model_weights(name)
     if (weights or "DEFAULT") not in published.__members__:
         raise BadInput(f"--region-weights {weights}: neither a file nor one of {', '.join(published.__members__)}")
     chosen = published[weights or "DEFAULT"]
     place = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[1]
+    if place.is_file():
+        return place
     try:
-        if not place.is_file() and not hub.within_reach(chosen.url):  # PyTorch would wait much longer
+        if not hub.within_reach(chosen.url):  # PyTorch would wait much longer
             raise OSError("no network")
-        return chosen.get_state_dict(progress=True, check_hash=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {chosen.url} to {place}")
+        torch.hub.download_url_to_file(chosen.url, str(place), hash_prefix=place.stem.rsplit("-", 1)[1])
+        return place
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{place}: the weights of {name} are not there and cannot be downloaded ({error}). Download "
                        f"{chosen.url} ({chosen.meta['_file_size']:.0f} MB) on another machine and put it there, or "
                        "give the file to --region-weights") from error
 
 
-def fill(net: nn.Module, state: dict[str, Tensor], name: str, weights: str) -> None:
+def state_dict(name: str, file: Path) -> dict[str, Tensor]:
+    """The weights in a file, of which no code is run. Raises BadInput if it is not a dictionary of tensors."""
+    state = read_weights(file, f"a state dict of {name}")
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BadInput(f"{file}: expected a state dict of {name}, a dictionary of tensors")
+    return state
+
+
+def fill(net: nn.Module, state: dict[str, Tensor], name: str, file: Path) -> None:
     """Load the weights into the network. Raises BadInput if they are of another network."""
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise BadInput(f"{weights}: not the weights of {name}: {str(error).splitlines()[1].strip()}") from error
+        raise BadInput(f"{file}: not the weights of {name}: {str(error).splitlines()[1].strip()}") from error
 
 
 def fingerprint(*parts: nn.Module) -> str:

@@ -171,6 +171,37 @@ def test_workers_see_the_same(root, seen, monkeypatch):
     assert np.allclose(features(own), [colour(root / name) for name in ALL if name != "2.png"])
 
 
+def test_workers_send_arrays_because_tensors_would_need_shared_memory(root):
+    cache = extract.Cache(lambda: Means([]), root / "cache")
+    with cache.opened():
+        decoded = extract.Decoded([root / name for name in ALL], [["regions"]] * 5, {"regions": cache})
+    digests, errors, prepared = decoded[[0, 1]]
+    assert len(digests) == 2 and not errors and type(prepared["regions"][1]["pixels"]) is np.ndarray
+
+
+def test_a_loader_with_workers_leaves_arrays_as_they_are(root, seen, monkeypatch):
+    monkeypatch.setattr(extract, "FEW", 0)
+    added = []
+    add = extract.Cache.add
+    monkeypatch.setattr(extract.Cache, "add", lambda *given: added.append(given[3]) or add(*given))
+    run(root, ALL)
+    assert len(added) == 3 and all(type(batch["pixels"]) is np.ndarray for batch in added)
+
+
+def test_a_picture_whose_features_are_no_numbers_is_a_bad_picture(root, seen, monkeypatch):
+    class Fails(Means):
+        def look(self, batch):
+            found = super().look(batch)
+            found["regions"][np.abs(found["regions"][:, 0] - colour(root / "1.png")).max(1) < 1e-3] = 1e5
+            return found
+
+    monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Fails(seen))
+    with pytest.raises(BadInput, match="1 of 5 pictures cannot be used, the first is 1.png: .*half precision"):
+        run(root, ALL, feature_dtype="float16")
+    found = run(root, ALL, feature_dtype="float16", skip_bad=True)
+    assert found.image_names == ["0.png", "2.png", "3.png", "4.png"] and len(seen) == 6  # only the bad one again
+
+
 def test_bad_pictures_are_reported_after_all_others_are_safe(root, seen, capsys):
     (root / "1.png").write_bytes(b"no picture")
     names = [*ALL, "nowhere é.png"]

@@ -1,6 +1,12 @@
 """networks.py, weights.py: networks of random weights against torchvision and transformers, step by step."""
+import email.message
+import hashlib
+import io
+import json
+import pickle
 import sys
 import urllib.error
+import urllib.response
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +17,7 @@ from conftest import save_clip
 from PIL import Image
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from sources import networks
+from sources import hub, networks
 from sources.files import BadInput
 from sources.weights import Classifier, load_classifier, load_detector
 
@@ -25,6 +31,9 @@ def weights(tmp_path_factory) -> dict[str, str]:
     torch.manual_seed(0)
     nets = {SMALL: torchvision.models.get_model(SMALL, weights=None, weights_backbone=None, num_classes=5),
             "resnet18": torchvision.models.resnet18()}
+    for module in nets[SMALL].backbone.modules():  # one pass, so that its maps are not the same everywhere
+        module.momentum = 1
+    nets[SMALL].backbone(torch.randn(8, 3, 96, 96))
     for name, net in nets.items():
         torch.save(net.state_dict(), folder / f"{name}.pth")
     return {name: str(folder / f"{name}.pth") for name in nets}
@@ -94,8 +103,18 @@ def test_a_detector_s_features_are_pooled_in_its_boxes(detector):
     boxes = torch.from_numpy(seen["boxes"][0, :count]) * torch.tensor([width, height, width, height])
     with torch.no_grad():
         pixels = (prepared["pixels"].float() / 255 - detector.normalised.mean) / detector.normalised.std
-        pooled = net.roi_heads.box_roi_pool(net.backbone(pixels), [boxes], [(height, width)])
+        pooled = net.roi_heads.box_roi_pool(net.backbone(pixels), [boxes], [(96, 96)])  # the maps show the whole canvas
         assert np.allclose(net.roi_heads.box_head(pooled), seen["regions"][0, :count], atol=1e-3)
+
+
+def test_the_first_picture_does_not_decide_how_a_detector_sees_the_others(weights):
+    wide, tall = pictures((90, 30), (30, 90))
+    seen = []
+    for images in ([wide], [tall, wide]):
+        fresh = networks.Detector(SMALL, load_detector(SMALL, weights[SMALL]), 7, 96)
+        seen += [fresh.look(batch(fresh, [image])) for image in images]
+    alone, _, after = seen
+    assert all(np.allclose(alone[name], after[name], atol=1e-4) for name in alone)
 
 
 def test_the_likeliest_of_overlapping_boxes_stays(detector):
@@ -154,6 +173,34 @@ def test_what_decides_the_output_decides_the_identity(detector, grid, weights, c
     assert networks.Clip(str(moved)).identity == clips[0].identity
 
 
+@pytest.mark.parametrize(("file", "change"), [("preprocessor_config.json", {"image_mean": [0, 0, 0]}),
+                                              ("config.json", {"hidden_act": "gelu"})])
+def test_what_a_clip_does_besides_its_weights_is_part_of_the_identity(clips, tmp_path, file, change):
+    folder = save_clip(tmp_path)
+    config = json.loads((folder / file).read_text())
+    config.get("vision_config", config).update(change)
+    (folder / file).write_text(json.dumps(config))
+    assert networks.Clip(str(folder)).identity != clips[0].identity
+    assert networks.Patches(str(folder)).identity != networks.Patches(clips[0].name).identity
+
+
+def test_a_clip_in_half_precision_is_computed_in_single(clips, tmp_path):
+    CLIPModel.from_pretrained(clips[0].name).half().save_pretrained(tmp_path)
+    for network, name in ((networks.Clip, "clip"), (networks.Patches, "regions")):
+        half, whole = network(str(tmp_path)), network(clips[0].name)
+        prepared = batch(whole, pictures(*SIZES))
+        assert np.allclose(half.look(prepared)[name], whole.look(prepared)[name], atol=0.01)
+
+
+@pytest.mark.parametrize("made_for_it", [True, False])
+def test_a_gpu_that_only_imitates_bfloat16_computes_in_float32(monkeypatch, made_for_it):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
+                        made_for_it or including_emulation)
+    monkeypatch.setattr(torch, "autocast", lambda *given, enabled: enabled)
+    assert networks.in_bfloat16(torch.device("cuda")) == made_for_it
+    assert not networks.in_bfloat16(torch.device("cpu"))
+
+
 def test_in_bfloat16_as_on_a_gpu_the_features_are_nearly_the_same(detector, grid, clips, monkeypatch):
     patches = networks.Patches(clips[0].name)
     for network, name in ((detector, "regions"), (grid, "regions"), (patches, "regions"), (clips[0], "clip")):
@@ -181,6 +228,42 @@ def test_weights_that_are_not_to_be_had_are_told_at_length(tmp_path, monkeypatch
         for part in (str(tmp_path / "checkpoints" / file), "https://download.pytorch.org/models/", "--region-weights"):
             assert part in str(error.value)
         assert "\n" not in str(error.value)
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("the file ran code",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Trap(), 2), b"", b"<html>", "resnet18"],
+                         ids=["code", "nothing", "a page", "another network's"])
+def test_weights_that_lie_ready_are_checked_like_a_file_that_is_named(content, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(Path(weights[content]).read_bytes() if content == "resnet18" else content)
+    with pytest.raises(BadInput) as error:
+        load_classifier("resnet50", "")
+    assert str(error.value).startswith(f"{place}: ") and "\n" not in str(error.value)
+    assert "ran code" not in capsys.readouterr().out
+
+
+def test_weights_are_downloaded_once_and_only_whole(weights, tmp_path, monkeypatch):
+    content, asked = Path(weights["resnet18"]).read_bytes(), []
+
+    def served(request):
+        asked.append(request.full_url)
+        return urllib.response.addinfourl(io.BytesIO(content), email.message.Message(), request.full_url)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(hub, "within_reach", lambda address: True)
+    monkeypatch.setattr(torch.hub, "urlopen", served)
+    with pytest.raises(BadInput, match="invalid hash value"):  # these are not torchvision's weights
+        load_classifier("resnet18", "")
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.value, "url",
+                        f"https://nowhere/resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth", raising=False)
+    assert [load_classifier("resnet18", "").name for _ in range(2)] == ["resnet18"] * 2 and len(asked) == 2
 
 
 def test_networks_and_weights_that_do_not_fit_are_refused(weights, tmp_path):

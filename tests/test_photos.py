@@ -1,9 +1,10 @@
 """photos.py: whatever people's picture files hold."""
+import struct
 import unicodedata
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sources import photos
 from sources.files import BadInput
@@ -69,6 +70,39 @@ def test_a_picture_is_turned_upright(tmp_path):
     assert image.size == (40, 20) and near(image, (0.2, 0.5), RED) and near(image, (0.8, 0.5), GREEN)
 
 
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.tiff", "turned.png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_pillow_does_it(tmp_path, name, orientation):
+    image, exif = halves(), Image.Exif()
+    image.paste((255, 255, 255), (0, 0, 8, 8))
+    exif[0x0112] = orientation
+    image.save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as opened:
+        assert np.array_equal(photos.read(tmp_path / name), ImageOps.exif_transpose(opened))
+
+
+def test_a_picture_is_turned_upright_whatever_else_its_exif_data_hold(tmp_path):
+    text = b"72dpi\0"  # XResolution should be a fraction
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x011A, 2, len(text), struct.pack("<I", 38))]
+    block = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    block += b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries) + b"\0" * 4 + text
+    turned = halves().transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "side.jpg", exif=b"Exif\0\0" + block, quality=95)
+    image = photos.read(tmp_path / "side.jpg")
+    assert image.size == (40, 20) and near(image, (0.2, 0.5), RED) and near(image, (0.8, 0.5), GREEN)
+
+
+def test_a_large_jpeg_is_halved_before_its_pixels_are_counted(tmp_path, monkeypatch):
+    halves((400, 200)).save(tmp_path / "large.jpg")
+    monkeypatch.setattr(photos, "ENOUGH", 100)
+    monkeypatch.setattr(photos, "MOST_PIXELS", 40_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # Pillow raises an error beyond twice that
+    assert photos.read(tmp_path / "large.jpg").size == (200, 100)
+    monkeypatch.setattr(photos, "MOST_PIXELS", 10_000)
+    with pytest.raises(BadInput, match="20,000 pixels, the limit is 10,000"):
+        photos.read(tmp_path / "large.jpg")
+
+
 def test_odd_sizes(tmp_path):
     Image.new("RGB", (1, 1), RED).save(tmp_path / "one.png")
     halves((20_000, 10)).save(tmp_path / "wide.png")
@@ -115,7 +149,7 @@ def test_pictures_are_found_in_the_usual_folders_and_by_either_spelling(tmp_path
 
 
 def test_a_folder_is_listed_with_the_folders_in_it(tmp_path):
-    for place in ("b.JPG", "a/z.png", "notes.txt", ".hidden.png"):
+    for place in ("b.JPG", "a/z.png", "notes.txt", ".hidden.png", "paper.PDF", "film.mpg", "data.h5", "figure.eps"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_bytes(b"")
     assert [path.relative_to(tmp_path).as_posix() for path in photos.listed(tmp_path)] == ["a/z.png", "b.JPG"]

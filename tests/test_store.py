@@ -98,10 +98,18 @@ def test_half_precision_and_numbers_that_are_none(tmp_path):
     half = Store(tmp_path / "half", {}, ARRAYS | {"regions": ((3, 2), "f2")})
     half.add([picture(1)], values(1))
     assert half.read("regions", [0]).dtype == np.float32 and (half.folder / "regions").stat().st_size == 12
-    for number, told in ((1e6, "2.png.*half precision"), (float("nan"), "2.png.*no finite regions")):
-        with pytest.raises(BadInput, match=told):
-            half.add([picture(2)], values(number))
+    for number, told in ((1e6, "half precision"), (float("nan"), "no finite regions")):
+        wrong = half.add([picture(2)], values(number))
+        assert list(wrong) == [picture(2)[0]] and told in wrong[picture(2)[0]]
     assert len(half) == 1
+
+
+def test_only_the_rows_with_such_numbers_are_left_out(store):
+    wrong = store.add([picture(number) for number in (1, 2, 3)], values(1, float("nan"), 3))
+    assert list(wrong) == [picture(2)[0]]
+    for opened in (store, again(store)):
+        assert [opened.find(picture(number)[1]) for number in (1, 2, 3)] == [2, None, 3]
+        assert opened.read("regions", [2, 3])[:, 0, 0].tolist() == [1, 3]
 
 
 def test_facts_change_with_the_file(tmp_path):
