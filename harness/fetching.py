@@ -53,6 +53,17 @@ def data_root(settings: Settings) -> Path:
 
 def are_wanted(settings: Settings, root: Path, features: bool) -> bool:
     """Whether a run needs pictures that are not there yet. features: whether the folder has files of features."""
-    regions = settings.pictures.regions
+    dataset, regions = settings.run.dataset, settings.pictures.regions
     enough = regions == "files" or regions == "auto" and features
-    return (not enough or settings.enhancement.guide == "clip") and not fetch.finished(settings.run.dataset, root)
+    if enough and settings.enhancement.guide != "clip":
+        return False
+    return not fetch.finished(dataset, root) and not (enough and have_pictures(dataset, root))
+
+
+def have_pictures(dataset: str, root: Path) -> bool:
+    """Whether pictures lie beside the files of features in a folder, and no fetch of them was broken off."""
+    try:
+        found = [] if (root / fetch.WORK).exists() else layouts.read(dataset, root, regions="files").values()
+    except BadInput:
+        return False
+    return any(picture for listing in found for picture in listing.pictures)

@@ -6,8 +6,11 @@ lists of annotation ids, and a table of your own, captions.csv or captions.jsonl
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 import posixpath
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +53,7 @@ def need(root: Path, name: str, source: str) -> Path:
 def read_karpathy(path: Path) -> list[Entry]:
     """Karpathy's JSON. The id of an image is its place in the list, as in TERAN's files."""
     with explained(path, "JSON with a list 'images'"):
-        images = list(json.loads(path.read_bytes().decode())["images"])
+        images = list(json.loads(path.read_bytes().decode("utf-8-sig"))["images"])
     entries = []
     for place, image in enumerate(images):
         where = f"{path}: images[{place}]"
@@ -83,7 +86,7 @@ def read_coco(root: Path, splits: Sequence[str]) -> list[Entry]:
     for name in ("captions_train2014.json", "captions_val2014.json"):
         path = need(root, name, COCO)
         with explained(path, "JSON with COCO's lists 'images' (id, file_name, width, height) and 'annotations'"):
-            content = json.loads(path.read_bytes().decode())
+            content = json.loads(path.read_bytes().decode("utf-8-sig"))
             for image in content["images"]:
                 images[image["id"]] = (image["file_name"], (float(image["width"]), float(image["height"])))
             for annotation in content["annotations"]:
@@ -127,6 +130,8 @@ def read_table(path: Path, split_seed: int) -> list[Entry]:
         split = OTHER_NAMES.get(split, split)
         if not file or not caption:
             raise BadInput(f"{where}: found {json.dumps(line, ensure_ascii=False)}, expected a file and a caption")
+        if "\\" in file and photos.find(path.parent, [("", file)]) == [None]:
+            file = file.replace("\\", "/")  # the table is from Windows
         file = posixpath.normpath(file)  # ./p1.jpg is p1.jpg
         entry = entries.setdefault(file, Entry(where, len(entries), split, ("", file), None, []))
         if entry.split != split:
@@ -140,16 +145,22 @@ def read_table(path: Path, split_seed: int) -> list[Entry]:
         raise BadInput(f"{without_split[0].where}: no split, but other lines of the file have one")
     if len(entries) < 4:
         raise BadInput(f"{path}: {len(entries)} pictures, expected at least 4, to draw train, val and test from")
-    split_of = draw_splits(sorted(entries), split_seed)
+    split_of = draw_splits(list(entries), split_seed)
     return checked([entry._replace(split=split_of[file]) for file, entry in entries.items()])
 
 
 def draw_splits(names: list[str], seed: int) -> dict[str, str]:
-    """A tenth of the pictures (at most 1,000) goes to val, as many to test, the rest to train."""
-    size = min(max(len(names) // 10, 1), 1000)
-    order = np.random.default_rng(seed).permutation(len(names))
-    splits = ["val"] * size + ["test"] * size + ["train"] * (len(names) - 2 * size)
-    return {names[row]: split for row, split in zip(order, splits, strict=True)}
+    """About a tenth of the pictures goes to val, as many to test, the rest to train. Each split gets at least one.
+
+    A hash gives each picture a number from 0 to 1, so it keeps its split when others come or go.
+    """
+    hashes = {name: hashlib.sha256(f"{seed}:{name}".encode(errors="replace")).hexdigest() for name in names}
+    numbers = {name: int(digits, 16) / 2**256 for name, digits in hashes.items()}
+    order = sorted(names, key=numbers.get)
+    val_end = min(max(bisect_left(order, 0.1, key=numbers.get), 1), len(names) - 2)
+    test_end = min(max(bisect_left(order, 0.2, key=numbers.get), val_end + 1), len(names) - 1)
+    splits = ["val"] * val_end + ["test"] * (test_end - val_end) + ["train"] * (len(names) - test_end)
+    return dict(zip(order, splits, strict=True))
 
 
 def csv_lines(path: Path) -> list[tuple[str, dict]]:
@@ -157,7 +168,7 @@ def csv_lines(path: Path) -> list[tuple[str, dict]]:
     with explained(path, "a readable file"):
         text = path.read_bytes().decode("utf-8-sig")
     with explained(path, "comma-separated values"):
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         reader.fieldnames = titles = [title.strip().lower() for title in reader.fieldnames or []]
     if not {"file", "caption"} <= set(titles):
         raise BadInput(f"{path}, line 1: found {', '.join(titles) or 'nothing'}, expected titles: file, caption")
@@ -182,7 +193,7 @@ def json_lines(path: Path) -> list[tuple[str, dict]]:
         if not content.strip():
             continue
         with explained(f"{path}, line {number}", "a JSON object with file and caption"):
-            line = {str(name).lower(): value for name, value in json.loads(content).items()}
+            line = {str(name).lower(): value for name, value in json.loads(content).items() if value is not None}
             if not all(isinstance(line.get(name, ""), str) for name in ("file", "caption", "split")):
                 raise TypeError("file, caption and split must be texts")
         lines.append((f"{path}, line {number}", line))

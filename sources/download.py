@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import re
 import socket
 from pathlib import Path
 from typing import NamedTuple
 
+from sources import hub
 from sources.files import BadInput
 
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/datasets"
+HUB = f"{hub.endpoint()}/datasets"
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system calls a full disk
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from sources import photos
 from sources.files import BadInput, explained
@@ -126,7 +126,7 @@ class ManyFiles:
         if self.sizes[row] is None:
             picture = self.pictures[row]
             with explained(picture, "a picture"):
-                self.sizes[row] = Image.open(picture).size if picture else tuple(box[:, 2:].max(0).tolist())
+                self.sizes[row] = upright_size(picture) if picture else tuple(box[:, 2:].max(0).tolist())
         width, height = self.sizes[row]
         outside = max(-box.min(), (box - (width, height, width, height)).max())
         if not (outside <= 1 and 0 < min(width, height) and max(width, height) <= LARGEST):  # one pixel is rounding
@@ -155,6 +155,13 @@ class Stored:
         for row, values in zip(rows, regions, strict=True):
             check(values, self.path, f"(image {row})", self.path)
         return regions, boxes, np.arange(most) < count[:, None]
+
+
+def upright_size(picture: Path) -> tuple[int, int]:
+    """Width and height of a picture, turned as its EXIF data say. Pixels are decoded only if it has to be turned."""
+    image = Image.open(picture)
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return ImageOps.exif_transpose(image).size if turned else image.size
 
 
 def check(values: np.ndarray, path: Path | str, where: str, source: Path | str | None = None) -> None:

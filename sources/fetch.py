@@ -7,6 +7,7 @@ which is removed at the end. So a fetch that was killed goes on with what is who
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -78,8 +79,18 @@ def free_bytes(folder: Path) -> int:
 
 
 def finished(dataset: str, root: Path) -> bool:
-    """Whether `root` has the captions of the dataset, and no fetch into it was broken off."""
-    return annotations.find(root, f"dataset_{dataset}.json") is not None and not (root / WORK).exists()
+    """Whether `root` has the captions and pictures of the dataset, with no archive and no broken fetch beside them.
+
+    This is a quick look: of the pictures that the start of the JSON names, one is enough.
+    """
+    path = annotations.find(root, f"dataset_{dataset}.json")
+    unfinished = [WORK, *(address.name for addresses in SOURCES[dataset].pictures.values() for address in addresses)]
+    if path is None or any((root / name).exists() for name in unfinished):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(100_000).decode(errors="replace")
+    names = set(re.findall(r'"filename": *"([^"/\\]+)"', start))
+    return not names or any(path.name in names for path in root.rglob("*"))
 
 
 def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool = False,
@@ -167,9 +178,9 @@ def named(entries: list[Entry], start: str) -> list[tuple[str, str]]:
 
 
 def missing(root: Path, entries: list[Entry], start: str) -> dict[str, Path]:
-    """Those of these pictures that are not there: the name of the file -> where it belongs."""
+    """Those of these pictures that are not there, or empty: the name of the file -> where it belongs."""
     files = named(entries, start)
-    return {name: root / (folder or "images") / name
+    return {name: path or root / (folder or "images") / name
             for (folder, name), path in zip(files, photos.find(root, files), strict=True)
             if path is None or path.stat().st_size == 0}
 

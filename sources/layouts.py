@@ -6,6 +6,7 @@ features are computed from the pictures later (see `extract.py`).
 """
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -143,14 +144,20 @@ def read_captions(path: Path) -> list[str]:
 def rows_an_image(features: OneArray) -> int:
     """How often each image's row is repeated in a file with one row for each caption; 1 if rows do not repeat.
 
-    The file may be large, so only its start, its end and six places between are compared.
+    The file may be large, so only its start, its end and six places between are compared. Two images that are equal
+    are one run of rows, so the size is what the first two runs have in common.
     """
     total, row = features.shape[0], cache(lambda index: features.read([index])[0].tobytes())
-    size = 1
-    while size < min(total, 65) and row(size) == row(0):
-        size += 1
+
+    def run(start: int) -> int:
+        end = min(total, start + 65)
+        return next((at for at in range(start, end) if row(at) != row(start)), end) - start
+
+    first = run(0)
+    size = math.gcd(first, run(first))
     starts = (np.linspace(0, total // size - 1, 8).astype(int) * size).tolist()
-    if size == 65 or total % size or any(row(start) != row(start + i) for start in starts for i in range(size)):
+    irregular = any(row(start) != row(start + i) for start in starts for i in range(size))
+    if first == 65 or size == 1 < first or total % size or irregular:
         raise BadInput(f"{features.path}: rows repeat, expected equally often for every image, and at most 64 times")
     return size
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sources import hub
 from sources.fetch import free_bytes, human, say
-from sources.files import BadInput
+from sources.files import BadInput, locked
 
 HANDLE = "kuanghueilee/scan-features"  # on kaggle.com
 FOLDERS = {"flickr30k": "f30k_precomp", "coco": "coco_precomp"}
@@ -44,24 +44,27 @@ def fetch_scan_features(dataset: str, root: Path, quiet: bool = False,
                        f"fetches {about}. Or put {', '.join(wanted)} there yourself") from None
     if not quiet:
         say(f"fetching {about}, into {folder}; {human(there)} of disk are free")
-    if need > there:
-        raise BadInput(f"{folder}: the features take {human(need)} of disk, but {human(there)} are free")
+    rest = need - sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    if rest > there:
+        raise BadInput(f"{folder}: the features take {human(rest)} of disk, but {human(there)} are free")
     if not hub.within_reach("https://www.kaggle.com"):
         raise BadInput(f"there is no network: kaggle.com cannot be reached. Fetch {', '.join(wanted)} on another "
                        f"machine and put them into {folder}. They are {about}")
-    before = os.environ.get("KAGGLEHUB_CACHE")
-    os.environ["KAGGLEHUB_CACHE"] = str(work.absolute())  # on the same disk, so that a move costs nothing
-    try:
-        found = [Path(kagglehub.dataset_download(HANDLE, path=f"data/data/{folder.name}/{name}")) for name in wanted]
-    except Exception as error:  # kagglehub raises many kinds
-        raise BadInput(f"{folder}: the transfer from kaggle.com failed: {' '.join(str(error).split())}. Start again, "
-                       "and it goes on where it was") from error
-    finally:
-        os.environ.pop("KAGGLEHUB_CACHE")
-        os.environ.update({} if before is None else {"KAGGLEHUB_CACHE": before})
-    if folder.exists():
-        for path in found:
-            os.replace(path, folder / path.name)
-    else:  # all at once: a folder with half of the features would be taken for one that has them
-        os.replace(found[0].parent, folder)
+    with locked(work):
+        before = os.environ.get("KAGGLEHUB_CACHE")
+        os.environ["KAGGLEHUB_CACHE"] = str(work.absolute())  # on the same disk, so that a move costs nothing
+        try:
+            found = [Path(kagglehub.dataset_download(HANDLE, path=f"data/data/{folder.name}/{name}"))
+                     for name in wanted]
+        except Exception as error:  # kagglehub raises many kinds
+            raise BadInput(f"{folder}: the transfer from kaggle.com failed: {' '.join(str(error).split())}. Start "
+                           "again, and it goes on where it was") from error
+        finally:
+            os.environ.pop("KAGGLEHUB_CACHE")
+            os.environ.update({} if before is None else {"KAGGLEHUB_CACHE": before})
+        if folder.exists():
+            for path in found:
+                os.replace(path, folder / path.name)
+        else:  # all at once: a folder with half of the features would be taken for one that has them
+            os.replace(found[0].parent, folder)
     shutil.rmtree(work, ignore_errors=True)

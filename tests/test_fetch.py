@@ -258,6 +258,31 @@ def test_what_the_user_has_put_there_is_used_and_kept(tmp_path, server):
     check_whole(tmp_path, "flickr8k", source)
 
 
+def test_a_folder_with_captions_alone_is_not_finished(tmp_path, server):
+    """COCO's own archives, put beside its own JSON, are unpacked."""
+    source = serve(server, "coco", plain=True)
+    content = {path.rsplit("/", 1)[1]: content for path, content in server.files.items()}
+    server.files.clear()
+    (tmp_path / "dataset_coco.json").write_bytes(content["dataset_coco.json"])
+    assert not fetch.finished("coco", tmp_path)
+    for name in ("train2014.zip", "val2014.zip"):
+        (tmp_path / name).write_bytes(content[name])
+    fetch.fetch("coco", tmp_path, source)
+    assert not fetch.finished("coco", tmp_path)  # the next start looks again at what the archives hold
+    for name in ("train2014.zip", "val2014.zip"):
+        (tmp_path / name).unlink()
+    check_whole(tmp_path, "coco", source)
+
+
+def test_an_empty_picture_does_not_hide_a_whole_one(tmp_path, server):
+    source = serve(server, "flickr8k", plain=True)
+    fetch.fetch("flickr8k", tmp_path, source)
+    whole = next((tmp_path / "images").iterdir())
+    (tmp_path / whole.name).touch()
+    fetch.fetch("flickr8k", tmp_path, source)
+    assert (tmp_path / whole.name).read_bytes() == whole.read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------- disk, kills, network
 
 
@@ -392,9 +417,16 @@ def test_features_of_scan_come_by_kagglehub(tmp_path, monkeypatch, capsys):
     (tmp_path / "kagglehub.py").write_text(KAGGLEHUB)
     monkeypatch.syspath_prepend(tmp_path)
     refused(lambda: scan_features.fetch_scan_features("flickr30k", root, free=lambda folder: 10**9), "9.1 GB of disk")
+    part = root / "fetching-features" / "datasets" / "part"  # a transfer that was stopped before its end
+    part.parent.mkdir(parents=True)
+    part.touch()
+    os.truncate(part, 9 * 10**9)
     monkeypatch.setattr(hub, "within_reach", lambda address: False)
+    refused(lambda: scan_features.fetch_scan_features("flickr30k", root, free=lambda folder: 10**9), "no network")
     refused(lambda: scan_features.fetch_scan_features("flickr30k", root, free=much), "no network", "f30k_precomp")
     monkeypatch.setattr(hub, "within_reach", lambda address: address == "https://www.kaggle.com")
+    with files.locked(root / "fetching-features"):
+        refused(lambda: scan_features.fetch_scan_features("flickr30k", root, free=much), "another program")
     monkeypatch.setenv("KAGGLE_FAILS", "train_ims.npy")
     refused(lambda: scan_features.fetch_scan_features("flickr30k", root, free=much), "broken", "Start again")
     assert not (root / "f30k_precomp").exists()

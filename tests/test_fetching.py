@@ -4,11 +4,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
 from harness import fetching, models, pictures, settings
-from sources import fetch, hub, networks
+from sources import fetch, hub, layouts, networks
 from sources.files import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,18 @@ def test_features_do_not_replace_the_pictures_that_clip_looks_at(root, tmp_path,
     monkeypatch.setattr(fetch, "finished", lambda dataset, folder: folder == root)  # now they are there
     fetching.find_data(settings.make(plain | {"guide": "clip"}), False, False)
     assert capsys.readouterr().err == ""
+
+
+def test_pictures_beside_bottom_up_files_are_enough_for_clip(tmp_path, monkeypatch):
+    """COCO's bottom-up files come with COCO's own annotations, not with Karpathy's JSON."""
+    chosen = settings.make({"dataset": "coco", "data_root": str(tmp_path), "model": "user", "guide": "clip"})
+    listing = layouts.Listing([], np.zeros(0), None, ["1.jpg", "2.jpg"], [None, None])
+    monkeypatch.setattr(layouts, "read", lambda *given, **more: {"train": listing})
+    assert fetching.are_wanted(chosen, tmp_path, True)
+    listing.pictures[1] = tmp_path / "2.jpg"
+    assert not fetching.are_wanted(chosen, tmp_path, True)
+    (tmp_path / fetch.WORK).mkdir()  # a fetch was broken off
+    assert fetching.are_wanted(chosen, tmp_path, True)
 
 
 def test_fetch_only_brings_every_network_that_the_training_may_take(root, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The hub: found out of reach within two seconds, and never asked for code."""
 import json
+import runpy
 import shutil
 import socket
 import threading
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer
 
 from harness import models, settings
-from sources import hub, networks
+from sources import download, hub, networks
 from sources.files import BadInput
 
 
@@ -30,6 +31,12 @@ def test_a_server_that_answers_is_within_reach(monkeypatch):
         assert not hub.within_reach()
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert not hub.within_reach()  # the server is gone
+
+
+@pytest.mark.parametrize("given, expected", [("", "https://huggingface.co"), ("http://hub.example/", "http://hub.example")])
+def test_data_sets_come_from_the_same_hub(monkeypatch, given, expected):
+    monkeypatch.setenv("HF_ENDPOINT", given)
+    assert runpy.run_path(download.__file__)["HUB"] == f"{expected}/datasets"
 
 
 def test_a_name_that_nobody_looks_up_takes_two_seconds_at_most(monkeypatch):

@@ -1,12 +1,14 @@
 """layouts.py, annotations.py and features.py: both layouts of features, a table of your own, every bad input."""
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sources import annotations, layouts, photos
+from sources.features import upright_size
 from sources.files import BadInput
 
 R, F = 3, 4
@@ -46,6 +48,13 @@ def write_bottom_up(root: Path, image_id: int, feat: np.ndarray, box: np.ndarray
 def boxes(regions: int, width: float, height: float) -> np.ndarray:
     corner = np.linspace(0.2, 1, regions)[:, None] * [width, height]
     return np.concatenate([corner / 2, corner], 1).astype(np.float32)
+
+
+def turned(orientation: int) -> Image.Exif:
+    """EXIF data with this orientation; 6 is a quarter turn."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
 
 
 @pytest.fixture
@@ -99,6 +108,14 @@ def test_scan_one_image(tmp_path):
 def test_scan_rows_that_repeat_irregularly(tmp_path):
     write_scan(tmp_path, "dev", features(4).repeat([3, 2, 3, 3], 0), [str(i) for i in range(11)])
     bad(lambda: scan(tmp_path), "dev_ims.npy", "equally often")
+
+
+def test_scan_rows_of_equal_images_are_still_counted(tmp_path):
+    """The first two images are one picture twice."""
+    array = features(6)
+    array[1] = array[0]
+    write_scan(tmp_path, "dev", array.repeat(5, 0), [str(i) for i in range(30)])
+    assert np.array_equal(scan(tmp_path).features.read(range(6))[0], array)
 
 
 def test_scan_splits(tmp_path):
@@ -250,6 +267,14 @@ def test_bottom_up_boxes_are_over_the_size_that_is_known_best(flickr):
     np.testing.assert_allclose(box[0, :2], boxes(2, 1, 1), atol=1e-6)  # neither the picture nor its size is known
     np.testing.assert_allclose(box[1, :3], boxes(3, 0.5, 0.5), atol=1e-6)
     np.testing.assert_allclose(box[2], boxes(5, 0.25, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tiff"])
+def test_bottom_up_boxes_are_over_the_upright_picture(tmp_path, ending):
+    Image.new("RGB", (200, 100)).save(tmp_path / f"x.{ending}", exif=turned(6))
+    assert upright_size(tmp_path / f"x.{ending}") == photos.read(tmp_path / f"x.{ending}").size == (100, 200)
+    Image.new("RGB", (200, 100)).save(tmp_path / "x.jpg", exif=turned(3))
+    assert upright_size(tmp_path / "x.jpg") == (200, 100)
 
 
 def test_bottom_up_boxes_outside_their_picture(flickr):
@@ -432,9 +457,41 @@ def test_splits_are_drawn_by_seed_and_not_by_order(tmp_path):
     lines = [f"{i}.jpg,caption {i} {j}" for i in range(40) for j in range(2)]
     first = {e.file: e.split for e in own(tmp_path, "\n".join(["file,caption", *lines]))}
     again = {e.file: e.split for e in own(tmp_path, "\n".join(["file,caption", *lines[::-1]]))}
-    assert first == again and sorted(first.values()).count("val") == sorted(first.values()).count("test") == 4
-    other = {e.file: e.split for e in annotations.read_own(tmp_path, 1)}
-    assert other != first and sorted(other.values()) == sorted(first.values())
+    assert first == again and set(first.values()) == {"train", "val", "test"}
+    assert first != {e.file: e.split for e in annotations.read_own(tmp_path, 1)}
+
+
+def test_a_picture_keeps_its_split_when_others_come():
+    names = [f"{i}.jpg" for i in range(2000)]
+    few, many = annotations.draw_splits(names[::2], 0), annotations.draw_splits(names, 0)
+    assert few == {name: many[name] for name in names[::2]}
+    counts = Counter(many.values())
+    assert 160 < counts["val"] < 240 and 160 < counts["test"] < 240
+    for seed in range(200):
+        assert set(annotations.draw_splits(names[:4], seed).values()) == {"train", "val", "test"}
+
+
+def test_only_line_ends_end_a_line_of_a_table(tmp_path):
+    odd = "a\x0cb\x1cc\x85d\u2028e\u2029f"
+    lines = ["file,caption,split", f"1.jpg,{odd},train", '2.jpg,"two\nlines",val', "3.jpg,,val"]
+    assert [e.captions for e in own(tmp_path, "\r\n".join(lines[:3]))] == [[odd], ["two\nlines"]]
+    bad(lambda: own(tmp_path, "\n".join(lines)), "captions.csv, line 5")
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    """Windows writes backslashes and a byte-order mark, pandas writes null where nothing is."""
+    write_json(tmp_path / "sub" / "dataset_x.json", {"images": [karpathy_image("1.jpg", "train", ["a dog"])]})
+    path = tmp_path / "sub" / "dataset_x.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert annotations.read_karpathy(path)[0].captions == ["a dog"]
+    lines = [json.dumps({"file": f"sub\\{i}.jpg", "caption": "a dog", "split": None}) for i in range(4)]
+    (tmp_path / "sub" / "1.jpg").touch()
+    (tmp_path / "sub\\2.jpg").touch()  # a backslash is part of a name on Linux
+    entries = own(tmp_path, "\n".join(lines), "captions.jsonl")
+    assert [e.file[1] for e in entries] == ["sub/0.jpg", "sub/1.jpg", "sub\\2.jpg", "sub/3.jpg"]
+    assert {e.split for e in entries} == {"train", "val", "test"}
+    lines[2] = '{"file": "caf\\udce9.jpg", "caption": "a dog"}'  # drawn, then refused
+    bad(lambda: own(tmp_path, "\n".join(lines), "captions.jsonl"), "captions.jsonl, line 3", "UTF-8")
 
 
 @pytest.mark.parametrize(("text", "expected"), [
