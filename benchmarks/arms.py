@@ -495,6 +495,8 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "captions of an image far apart, or one shuffle of all": (
         "user, no guide, averaged, one caption an image", "user, no guide, averaged, shuffle"),
     "GPO starts as the mean, or at random": ("user, no guide, averaged, mean first", "user, no guide, averaged"),
+    "GPO starts as the mean, or at random; BERT fine-tuned, after three of nine epochs": (
+        "user, mean first, --epochs 3: epoch 3", "user: epoch 3"),
     "the mean in place of GPO, or GPO": ("user, no guide, averaged, mean pooling", "user, no guide, averaged"),
     "GPO at a temperature of 1, or of 0.1": ("user, no guide, averaged, broad pooling", "user, no guide, averaged"),
     "GPO's score learnt at a tenth of the rate, or not": (
