@@ -403,7 +403,7 @@ ONLY_PHOTOGRAPHS = ("stand-in for CLIP", "fixed regions")
 UNTAUGHT = "unified, averaged, --distill 0"  # the unified model without a teacher
 
 # Each idea: the arm with it, and the arm without it. An arm is searched two-stage, or by global alone if it has no
-# tokens; another way of searching stands behind a colon.
+# tokens; another way of searching, or an epoch, stands behind a colon.
 CLAIMS = {
     "1 one model: two-stage, or coarse alone": ("tgdt", "tgdt: global"),
     "1 one model: coarse and fine, or fine alone": ("tgdt: mixed", "tgdt: local"),
