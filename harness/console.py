@@ -32,7 +32,7 @@ def code_of(command: Callable[[], int]) -> int:
     """The exit code of a command, after the one line that an error gets."""
     try:
         return command()
-    except BadInput as error:  # from a process of --workers it comes with a traceback, which it ends
+    except BadInput as error:  # from a process of --workers, the message stands at the end of a traceback
         message = str(error).rsplit("BadInput: ", 1)[-1]
     except KeyboardInterrupt:
         return 130

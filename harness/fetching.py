@@ -64,6 +64,6 @@ def have_pictures(dataset: str, root: Path) -> bool:
     """Whether pictures lie beside the files of features in a folder, and no fetch of them was broken off."""
     try:
         found = [] if (root / fetch.WORK).exists() else layouts.read(dataset, root, regions="files").values()
-    except BadInput:
+    except BadInput:  # a fetch may bring what is missing; if not, loading the data says what is wrong
         return False
     return any(picture for listing in found for picture in listing.pictures)

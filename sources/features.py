@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from sources import photos
 from sources.files import BadInput, explained
@@ -160,8 +160,8 @@ class Stored:
 def upright_size(picture: Path) -> tuple[int, int]:
     """Width and height of a picture, turned as its EXIF data say. Pixels are decoded only if it has to be turned."""
     image = Image.open(picture)
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return ImageOps.exif_transpose(image).size if turned else image.size
+    turned = image.getexif().get(photos.ORIENTATION) in (5, 6, 7, 8)
+    return photos.upright(image).size if turned else image.size
 
 
 def check(values: np.ndarray, path: Path | str, where: str, source: Path | str | None = None) -> None:

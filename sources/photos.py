@@ -21,6 +21,7 @@ ENOUGH = 1600  # pixels of a side: twice what any network here looks at
 MOST_PIXELS, MOST_BYTES = 100_000_000, 1_000_000_000  # of one picture
 NO_PICTURES = {".eps", ".h5", ".hdf", ".mpeg", ".mpg", ".palm", ".pdf", ".ps"}  # Pillow lists them too
 TURN = Image.Transpose
+ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
            7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF's orientation
 UNUSABLE = re.compile(r"^[/\\]|(^|[/\\])\.\.([/\\]|$)|[\x00-\x1f\x7f\ud800-\udfff]")
@@ -68,9 +69,14 @@ def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image
             pixels = image.width * image.height
         if pixels > MOST_PIXELS:
             raise ValueError(f"it has {pixels:,} pixels, the limit is {MOST_PIXELS:,}")
-        image.load()  # turns a TIFF upright
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
-        return in_rgb(image if turn is None else image.transpose(turn))
+        return in_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF data say. No other EXIF tag is looked at, so a malformed one does no harm."""
+    image.load()  # turns a TIFF
+    turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    return image if turn is None else image.transpose(turn)
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
