@@ -26,9 +26,8 @@ def with_diagonal(similarity: Tensor, positives: Tensor | None) -> Tensor:
     return diagonal if positives is None else diagonal | positives
 
 
-def hinge(
-    similarity: Tensor, margin: float = 0.2, positives: Tensor | None = None, negatives: str = "hardest"
-) -> Tensor:
+def hinge(similarity: Tensor, margin: float = 0.2, positives: Tensor | None = None,
+          negatives: str = "hardest") -> Tensor:
     """Hinge loss with negatives from the batch, both directions summed (VSE++; TGDT, CMC).
 
     For row i:  max over the negatives j of  [margin + s(i, j) - s(i, i)]+ ,  and the same for the columns.
@@ -53,9 +52,8 @@ def hinge(
     raise ValueError(f'negatives is "hardest" or "mean", not {negatives!r}')
 
 
-def local_similarity(
-    region_tokens: Tensor, region_mask: Tensor, word_tokens: Tensor, word_mask: Tensor, reduction: str = "sum"
-) -> Tensor:
+def local_similarity(region_tokens: Tensor, region_mask: Tensor, word_tokens: Tensor, word_mask: Tensor,
+                     reduction: str = "sum") -> Tensor:
     """Late interaction: each word takes its most similar region (TGDT, local similarity).
 
     region_tokens: [I, R, D] unit length, region_mask: [I, R] bool, at least one real region an image.
@@ -73,11 +71,14 @@ def local_similarity(
     best = dots.max(1).values                                        # [I, n]; max has a cheaper gradient than amax
     best = best.to(torch.promote_types(best.dtype, torch.float32))   # half precision would lose digits in the sum
     total = best.new_zeros(images, len(word_mask)).index_add(1, caption, best)                  # [I, C]
-    if reduction == "sum":
-        return total
-    if reduction == "mean":
-        return total / word_mask.sum(1).clamp(min=1)
-    raise ValueError(f'reduction is "sum" or "mean", not {reduction!r}')
+    return over_words(total, word_mask.sum(1), reduction)
+
+
+def over_words(total: Tensor, words: Tensor, reduction: str) -> Tensor:
+    """The reduction over a caption's words: total [..., C] is their sum, words [C] says how many there are."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction is "sum" or "mean", not {reduction!r}')
+    return total if reduction == "sum" else total / words.clamp(min=1)
 
 
 def intra_consistency(image_global: Tensor, text_global: Tensor, margin: float = 0.3) -> Tensor:
@@ -209,9 +210,8 @@ def uto(
     loss = batch_weight * uto_batch(image_global @ text_global.T, mu, gamma, positives, reward_floor)
     if keys is None:
         return loss
-    options = (mu, gamma)
-    loss = loss + uto_queue(image_global, keys.text, keys.text_queue, *options, keys.text_positives, reward_floor)
-    return loss + uto_queue(text_global, keys.image, keys.image_queue, *options, keys.image_positives, reward_floor)
+    loss = loss + uto_queue(image_global, keys.text, keys.text_queue, mu, gamma, keys.text_positives, reward_floor)
+    return loss + uto_queue(text_global, keys.image, keys.image_queue, mu, gamma, keys.image_positives, reward_floor)
 
 
 # ------------------------------------------------------------------------------------------ one loss a model

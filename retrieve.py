@@ -33,8 +33,8 @@ class Embeddings:
     """N encoded images or captions.
 
     kind: "image" or "text".  globals: [N, D] unit length.  tokens: unit length, None for a model without fine tokens.
-    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long. They are held
-    packed, without padding: item n has tokens[offsets[n] : offsets[n + 1]].
+    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long; anything else
+    raises ValueError. They are held packed, without padding: item n has tokens[offsets[n] : offsets[n + 1]].
     """
 
     kind: str
@@ -44,6 +44,8 @@ class Embeddings:
     offsets: Tensor | None = None
 
     def __post_init__(self):
+        if self.tokens is not None and self.mask is None and self.offsets is None:
+            raise ValueError("tokens need a mask if they are padded, or offsets if they are packed: got neither")
         if self.mask is not None:
             self.tokens, self.offsets, self.mask = self.tokens[self.mask], ends(self.mask.sum(1)), None
 
@@ -124,7 +126,7 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
 
     The best comes first. K is `shortlist`, or the size of the corpus if that is smaller. Without tokens, or with
     weight 0, the order of stage 1 stands. reduction: as in `losses.local_similarity`. local_of: another function for
-    `local_of_pairs`. Raises ValueError if corpus or shortlist are empty, or if queries and corpus are of one kind.
+    `local_of_pairs`. Raises ValueError if corpus or shortlist are empty, or queries and corpus are of one kind.
     """
     if len(corpus) == 0 or shortlist < 1:
         raise ValueError(f"a shortlist of {shortlist} from a corpus of {len(corpus)} is empty, expected at least one")
@@ -177,9 +179,7 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
             words = texts.tokens.index_select(0, rows).to(order.device)                             # [n, D]
             best.append((regions @ words.T).amax(0).float())                                        # [n]
     lengths = texts.lengths(caption).to(order.device)
-    local = torch.segment_reduce(torch.cat(best), "sum", lengths=lengths)                           # [P]
-    if reduction == "mean":
-        local = local / lengths.clamp(min=1)
+    local = losses.over_words(torch.segment_reduce(torch.cat(best), "sum", lengths=lengths), lengths, reduction)
     return torch.empty_like(local).index_copy(0, order, local)
 
 

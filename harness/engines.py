@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+import losses
 import retrieve
 from retrieve import Embeddings
 
@@ -56,6 +57,6 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
         words = texts.tokens_of(item[None]).to(order.device, regions.dtype)                         # [W, D]
         lengths = images.lengths(candidates).to(order.device)
         best = torch.segment_reduce((regions @ words.T).float(), "max", lengths=lengths, axis=0)    # [images, W]
-        local.append(best.sum(1) if reduction == "sum" else best.mean(1))
+        local.append(losses.over_words(best.sum(1), torch.tensor(best.shape[1]), reduction))
     scores = torch.cat(local)
     return torch.empty_like(scores).index_copy(0, order, scores)

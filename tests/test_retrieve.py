@@ -144,6 +144,12 @@ def test_one_query_no_corpus_no_tokens(corpus):
         retrieve.search(texts, texts)
     with pytest.raises(ValueError, match="at least one"):
         retrieve.search(texts, images, shortlist=0)
+    for search in (retrieve.search, engines.search):
+        for queries in (texts, texts[:2]):
+            with pytest.raises(ValueError, match='"sum" or "mean", not \'median\''):
+                search(queries, images, 4, reduction="median")
+    with pytest.raises(ValueError, match="mask if they are padded"):
+        Embeddings("image", images.globals, images.padded()[0])
 
 
 def test_the_whole_shortlist_is_the_exhaustive_mixed_similarity(corpus):
