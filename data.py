@@ -65,6 +65,9 @@ def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
     if dataset == "scenes":
         return {name: load_scenes(name, regions) for name in splits}
     listings = layouts.read(dataset, root, splits, regions, split_seed)
+    for name, listing in listings.items():
+        if name == "train" and len(listing.image_names) < 2:
+            raise BadInput(f"{root}: found one picture to train on, expected two or more, to tell them apart")
     return {name: Split(name, **listing._asdict()) for name, listing in listings.items()}
 
 
@@ -201,7 +204,7 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     groups = []  # (round, image, the captions that it gives in this round)
     for image in sorted(captions_of):
         for start in range(0, min(most, len(captions_of[image])), each):
-            groups.append((start // each, image, captions_of[image][start : start + each]))
+            groups.append((start // each, image, captions_of[image][start : min(start + each, most)]))
     shuffle = rng.permutation(len(groups))
     order = sorted(range(len(groups)), key=lambda group: (groups[group][0], shuffle[group]))
 

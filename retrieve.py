@@ -33,8 +33,8 @@ class Embeddings:
     """N encoded images or captions.
 
     kind: "image" or "text".  globals: [N, D] unit length.  tokens: unit length, None for a model without fine tokens.
-    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long; anything else
-    raises ValueError. They are held packed, without padding: item n has tokens[offsets[n] : offsets[n + 1]].
+    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long; tokens alone
+    raise ValueError. They are held packed, without padding: item n has tokens[offsets[n] : offsets[n + 1]].
     """
 
     kind: str
@@ -203,7 +203,7 @@ def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
     if they agree. Among equal scores the right answer ranks last, so a constant similarity scores nothing. A NaN loses.
     """
     right = query_image[:, None] == corpus_image
-    truth = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+    truth = scores.masked_fill(~right | scores.isnan(), float("-inf")).amax(1, keepdim=True)
     return (~(scores < truth) & ~right).sum(1) + 1
 
 
@@ -211,12 +211,11 @@ def shortlist_ranks(indices: Tensor, scores: Tensor, query_image: Tensor, corpus
                     stage1: Tensor) -> Tensor:
     """Ranks after two stages, [Q] long, from `search`'s indices and scores [Q, K].
 
-    A miss is a miss: a query whose answer is not on its shortlist keeps its rank of stage 1, `stage1` [Q], which lies
-    beyond K. (The released evaluator gives such a query rank 1.)
+    A miss is a miss: a query whose answer is not among the first K of stage 1 keeps its rank there, `stage1` [Q]. (The
+    released evaluator gives such a query rank 1.) An answer that only shares the last place of the list is a miss too.
     """
-    candidates = corpus_image[indices]                                                              # [Q, K]
-    hit = (candidates == query_image[:, None]).any(1)
-    return torch.where(hit, ranks(scores, query_image, candidates), stage1.clamp(min=indices.shape[1] + 1))
+    again = ranks(scores, query_image, corpus_image[indices])                                       # [Q]
+    return torch.where(stage1 <= indices.shape[1], again, stage1)
 
 
 def metrics(i2t: Tensor, t2i: Tensor) -> dict:

@@ -152,14 +152,13 @@ class TGDT(nn.Module):
         return Encoded(globals_, tokens[:, 1:-1], mask[:, 2:])
 
 
-def first_layers(bert: nn.Module, layers: int | None) -> nn.Module:
-    """Cut BERT to its first `layers` layers (TGDT, word encoder: six). None keeps all of them.
+def first_layers(bert: nn.Module, layers: int) -> nn.Module:
+    """Cut BERT to its first `layers` layers (TGDT, word encoder: six).
 
     The output is then the full model's hidden state of that number. Raises ValueError if BERT has fewer layers.
     """
-    if layers is not None:
-        if layers > len(bert.encoder.layer):
-            raise ValueError(f"the text encoder has {len(bert.encoder.layer)} layers, {layers} were asked for")
-        bert.encoder.layer = bert.encoder.layer[:layers]
-        bert.config.num_hidden_layers = layers
+    if layers > len(bert.encoder.layer):
+        raise ValueError(f"the text encoder has {len(bert.encoder.layer)} layers, {layers} were asked for")
+    bert.encoder.layer = bert.encoder.layer[:layers]
+    bert.config.num_hidden_layers = layers
     return bert

@@ -29,6 +29,7 @@ import train
 import user
 from harness import models
 from harness.training import Run
+from sources import networks
 from sources.features import InMemory
 from sources.files import BadInput, write_whole
 
@@ -58,7 +59,7 @@ class OtherBranch(nn.Module):
         tokens = self.local_encoder(slots, src_key_padding_mask=~mask)
         read = slots if self.reads == "slots" else tokens.detach()
         globals_ = self.global_encoder(read, src_key_padding_mask=~mask)[:, 0]
-        return F.normalize(globals_, dim=-1), F.normalize(tokens, dim=-1)
+        return tgdt.unit(globals_), tgdt.unit(tokens)
 
 
 def other_branches(run: Run, reads: str) -> Run:
@@ -100,8 +101,7 @@ def mean_pooling(run: Run) -> Run:
 
 def grid_boxes(run: Run) -> Run:
     """Boxes for features without any, whose 36 regions are the cells of a 6 x 6 grid, row by row."""
-    lines = np.linspace(0, 1, 7)
-    cells = np.array([[lines[x], lines[y], lines[x + 1], lines[y + 1]] for y in range(6) for x in range(6)], np.float32)
+    cells = networks.cells(6)
 
     def with_boxes(read: Callable, rows) -> tuple:
         regions, _, mask = read(rows)
@@ -521,10 +521,12 @@ ARMS = list(dict.fromkeys(split_arm(text)[0] for pair in (CLAIMS | OURS).values(
 
 
 def changes_of(arm: str) -> list[Change]:
-    """Raises BadInput if the arm has a model or a change that is not known."""
+    """Raises BadInput if the arm has a model or a change that is not known, or two changes of the loss."""
     model, *names = arm.split(", ")
     unknown = [name for name in names if name not in CHANGES and not name.startswith("--")]
     if model not in MODELS or unknown:
         raise BadInput(f"the arm {arm!r}: {(unknown or [model])[0]!r} is no model and no change; models: "
                        f"{', '.join(MODELS)}; changes: {', '.join(CHANGES)}, or a flag")
+    if len(own := [name for name in names if name in CHANGES and CHANGES[name].loss_of]) > 1:
+        raise BadInput(f"the arm {arm!r}: {own[0]!r} and {own[1]!r} are two losses, expected one at most")
     return [Change(MODELS[model]), *(CHANGES[name] if name in CHANGES else Change(name) for name in names)]

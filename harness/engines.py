@@ -53,8 +53,8 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
     items, counts = caption.unique_consecutive(return_counts=True)
     local = []
     for item, candidates in zip(items.to(texts.offsets.device), image.split(counts.tolist()), strict=True):
-        regions = images.tokens_of(candidates).to(order.device)                                     # [n, D]
-        words = texts.tokens_of(item[None]).to(order.device, regions.dtype)                         # [W, D]
+        regions = images.tokens_of(candidates).to(order.device, texts.tokens.dtype)                 # [n, D]
+        words = texts.tokens_of(item[None]).to(order.device)                                        # [W, D]
         lengths = images.lengths(candidates).to(order.device)
         best = torch.segment_reduce((regions @ words.T).float(), "max", lengths=lengths, axis=0)    # [images, W]
         local.append(losses.over_words(best.sum(1), torch.tensor(best.shape[1]), reduction))

@@ -128,7 +128,7 @@ def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
 
 
 def fingerprint(split: data.Split) -> str:
-    """What tells one training split from another: its captions, and the features of a few of its images."""
+    """What tells one split from another: its captions, and the features of a few of its images."""
     hashed = hashlib.blake2b(digest_size=16)
     hashed.update("\n".join(split.captions).encode("utf8", "surrogateescape"))
     hashed.update(np.asarray(split.image_of, np.int64).tobytes())

@@ -64,7 +64,10 @@ def read_tokenizer(name: str | Path, **options) -> BertTokenizer:
 
 
 def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int = 0) -> torch.nn.Module:
-    """The model of the settings, for region features of `feature_dim` numbers and CLIP embeddings of `clip_dim`."""
+    """The model of the settings, for region features of `feature_dim` numbers and CLIP embeddings of `clip_dim`.
+
+    Raises BadInput if TGDT's region encoder should be as wide as the features, and its heads do not divide that.
+    """
     enhancement, shape = settings.enhancement, settings.architecture
     guide = None
     if enhancement.guide == "self":
@@ -77,6 +80,9 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
     if settings.run.model == "tgdt-user":
         return unified.Unified(bert, feature_dim, shape.dim, guide, shape.local_layers, shape.heads, shape.feedforward,
                                shape.dropout, shape.fine_gradient)
+    if not shape.region_width and feature_dim % shape.heads:
+        raise BadInput(f"--region-width 0 is the width of the features, {feature_dim}: expected a multiple of the "
+                       f"{shape.heads} heads; give another --region-width or other --heads")
     return tgdt.TGDT(
         bert, feature_dim, shape.dim, shape.region_width or None, shape.region_layers, shape.local_layers,
         shape.global_layers, shape.heads, shape.feedforward, shape.dropout,

@@ -5,7 +5,8 @@ PAPER_USER = dict(
     epochs=20, batch_size=128, lr=5e-4, text_lr=0.1, weight_decay=1e-4, warmup=0, drop_every=10)
 PAPER_COCO = dict(batch_size=40)
 PAPER_COCO_USER = dict(epochs=25, drop_every=15, queue=4096, batch_weight=1.0)
-PAPER_SCENES = dict(text_encoder="from-scratch", text_layers=2, noise=0.0)
+PAPER_SCENES = dict(  # the scenes' features have 181 numbers, which the heads do not divide
+    text_encoder="from-scratch", text_layers=2, noise=0.0, region_width=184)
 SMALL = dict(  # photographs on a laptop: all captions of an image in one batch, a constant rate, its average is kept
     dim=256, region_width=512, region_layers=1, local_layers=1, global_layers=1, feedforward=1024,
     reduction="mean", reward_floor=False, momentum=0.997, keep="momentum",

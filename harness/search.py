@@ -148,7 +148,7 @@ def run_index(args: argparse.Namespace) -> None:
     identity = {"checkpoint": index.checksum(folders.best_checkpoint(args.run)), "run": str(args.run.resolve()),
                 "dataset": settings.run.dataset, "split": split.name, "dtype": args.dtype,
                 "data": str(Path(root).resolve()) if root else None, "dim": settings.architecture.dim,
-                "tokens": settings.run.model != "user"}
+                "tokens": settings.run.model != "user", "content": folders.fingerprint(split)}
     if args.images:  # other pictures make another index
         identity["pictures"] = [list(facts(picture, args.images)) for picture in split.pictures]
 

@@ -228,8 +228,8 @@ def check(settings: Settings) -> None:
     if training.batch_size < 2 * training.captions_per_image:
         raise BadInput(f"--batch-size {training.batch_size}: expected at least {2 * training.captions_per_image}, "
                        "twice --captions-per-image, so that a batch has two images")
-    for name in ("dim", "region_width"):
-        if run.model != "user" and getattr(shape, name) % shape.heads:
+    for name, models in (("dim", ("tgdt", "tgdt-user")), ("region_width", ("tgdt",))):
+        if run.model in models and getattr(shape, name) % shape.heads:
             raise BadInput(f"{flag(name)} {getattr(shape, name)}: expected a multiple of the {shape.heads} heads")
 
 

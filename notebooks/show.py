@@ -186,21 +186,6 @@ def light(axis, pixels, boxes, values, title: str = "") -> None:
     box_on(axis, corners[values.argmax()], "black", 1.5)
 
 
-def spots(axis, pixels, boxes, values, title: str = "", low: float = 0.0, high: float | None = None):
-    """A grey picture, each spot coloured by the mean value of the regions that cover it; boxes [R, 4] in 0..1.
-
-    Returns what `scale_bar` needs. Give all panels the same `low` and `high`, or they can't be compared.
-    """
-    side = len(pixels)
-    total, cover = np.zeros((side, side)), np.zeros((side, side))
-    for (x1, y1, x2, y2), value in zip((np.asarray(boxes) * side).astype(int), np.asarray(values), strict=True):
-        total[y1:y2, x1:x2] += value
-        cover[y1:y2, x1:x2] += 1
-    picture(axis, np.asarray(pixels).mean(2, keepdims=True).repeat(3, 2).astype(np.uint8), title)
-    mean = np.ma.array(total / np.maximum(cover, 1), mask=cover == 0)
-    return axis.imshow(mean, cmap=SCALE, alpha=0.65, vmin=low, vmax=high, extent=(0, side, side, 0))
-
-
 def frames(axis, pixels, boxes, values, title: str = "", high: float | None = None):
     """A picture with its regions as frames, brighter and thicker for a higher value; boxes [R, 4] in 0..1.
 

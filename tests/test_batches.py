@@ -153,6 +153,7 @@ def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
 @pytest.mark.parametrize("counts, batch_size, each, left_out", [
     ([5] * 3, 2, 1, 0),             # an image may be the last of one round and the first of the next
     ([90] + [2] * 9, 10, 2, 88),    # after the first round one image alone has captions left
+    ([5, 3], 4, 2, 2),              # the first gives no more than the second has, also in its last round
     ([7, 7, 1], 4, 2, 0)])
 def test_no_batch_has_one_image_alone(counts, batch_size, each, left_out):
     image_of = np.repeat(np.arange(len(counts)), counts)
@@ -161,6 +162,7 @@ def test_no_batch_has_one_image_alone(counts, batch_size, each, left_out):
         assert all(len(set(image_of[batch])) > 1 for batch in batches)
         captions = sum(batches, [])
         assert len(captions) == len(set(captions)) >= len(image_of) - left_out - batch_size + 1
+        assert np.bincount(image_of[captions]).max() <= sorted(counts)[-2]
 
 
 # -------------------------------------------------------------------------------------------------------- caption noise

@@ -36,6 +36,8 @@ def test_every_claim_compares_arms_that_are_trained():
         settings.make(command_line.parse([*arms.BUDGETS["flickr8k"].split(), *own])[0])
     with pytest.raises(BadInput, match="'no guid' is no model and no change"):
         arms.changes_of("user, no guid")
+    with pytest.raises(BadInput, match="'hinge' and 'entropy' are two losses"):
+        arms.changes_of("user, hinge, entropy")
 
 
 def test_every_result_is_of_an_arm_and_every_table_prints(capsys):

@@ -19,6 +19,7 @@ import train
 import unified
 import user
 from harness import __version__, flags, models, settings
+from sources import scenes
 from sources.files import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +168,23 @@ def test_impossible_settings_are_refused_by_name(flag, value, tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.startswith(f"error: {flag} {value}") and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["paper", "small"])
+@pytest.mark.parametrize("model", ["tgdt", "user", "tgdt-user"])
+def test_each_preset_builds_a_model_for_the_scenes(preset, model):
+    made = settings.make({"preset": preset, "model": model})
+    built = models.build(made, models.text_encoder(made)[0], scenes.make("val", 0, 8).regions.shape[2])
+    assert sum(weight.numel() for weight in built.parameters()) > 10**5
+
+
+def test_the_heads_divide_what_they_share():
+    settings.make({"model": "tgdt-user", "heads": 3, "dim": 96})  # it has no region encoder
+    with pytest.raises(BadInput, match="--region-width 128: expected a multiple of the 3 heads"):
+        settings.make({"heads": 3, "dim": 96})
+    made = settings.make({"region_width": 0})
+    with pytest.raises(BadInput, match="width of the features, 181: expected a multiple of the 4 heads"):
+        models.build(made, models.text_encoder(made)[0], 181)
 
 
 # -------------------------------------------------------------------------------------------------- settings.json

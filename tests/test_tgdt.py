@@ -1,5 +1,4 @@
 """tgdt.py: shapes, masks, and embeddings that depend on nothing but their own input."""
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ from transformers import BertConfig, BertModel
 import losses
 import tgdt
 
-PARITY = Path(__file__).parent / "parity"
 TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
                  max_position_embeddings=64)
 
