@@ -25,7 +25,8 @@ Train a model, evaluate it, and leave everything in a run folder.
                                         your own pictures and captions
   python train.py --model user          USER; tgdt-user is both papers in one
 
-Ctrl-C saves the run and stops it; --resume goes on with it."""
+Ctrl-C saves the run and stops it; --resume goes on with it. The defaults below
+are those of the --dataset, --model and --preset that stand beside --help."""
 
 ABOUT_SEARCH = """\
 Evaluate a trained run, make an index of a corpus, search either.
@@ -36,7 +37,8 @@ Evaluate a trained run, make an index of a corpus, search either.
   python retrieve.py search RUN_OR_INDEX "a red ring"
                                         the images that fit a caption best
   python retrieve.py search RUN_OR_INDEX --image FILE
-                                        the captions that fit an image best"""
+                                        the captions that fit an image best
+  python retrieve.py page RUN_OR_INDEX  the same in a browser"""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -131,12 +133,12 @@ def parser(shown: settings.Settings) -> Parser:
     other = out.add_argument_group("Everything else")
     other.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     other.add_argument("--workers", type=workers, metavar="N", default=0,
-                       help="processes that read features (default 0) or decode pictures (default: one a core)")
+                       help="processes that read features (default 0), or decode pictures (one a core, 8 at most)")
     other.add_argument("--pieces", type=pieces, metavar="N", default=1,
                        help="encode a batch in N pieces, to save memory; only with --model tgdt (default 1)")
     other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
-    other.add_argument("--fetch-only", action="store_true", help="fetch and check the dataset's files, and stop")
+    other.add_argument("--fetch-only", action="store_true", help="fetch data and networks, and stop")
     other.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
     other.add_argument("--log", choices=("tensorboard", "wandb"), help="send history.jsonl there too, if installed")
     other.add_argument("--print-settings", action="store_true", help="print what the flags amount to, and exit")
@@ -213,7 +215,7 @@ def search_parser() -> Parser:
                      help="index the pictures in this folder instead of a split; wants a run trained on pictures")
     two.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
     two.add_argument("--workers", type=workers, metavar="N", default=0,
-                     help="processes that decode pictures (default: one a core)")
+                     help="processes that decode pictures (default: one a core, 8 at most)")
     two.add_argument("--dtype", choices=DTYPES, default="float16",
                      help="how tokens are stored (default float16)")
     three = commands.add_parser("search", parents=[shared], help="find pictures by a caption, or captions by a picture",
@@ -231,7 +233,7 @@ def search_parser() -> Parser:
     three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found")
     three.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
     four = commands.add_parser("page", parents=[shared], help="search in a browser (needs Gradio)",
-                               description="Open a page to search a split or an index in a browser, see docs/page.md.")
+                               description="Serve a page that searches a split or an index, see docs/page.md.")
     four.add_argument("run", type=place, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
     four.add_argument("second", type=place, nargs="?", metavar="SECOND", help="another one, shown beside it")
     four.add_argument("--host", type=not_empty, default="127.0.0.1", metavar="ADDRESS",

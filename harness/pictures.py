@@ -167,7 +167,7 @@ def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], ski
     report = f"{len(messages)} of {total} pictures cannot be used"
     if not skip:
         raise BadInput(f"{report}, the first is {messages[0]}. All are listed in {path}. Repair them, remove them from "
-                       "the captions' file, or leave them out by --skip-bad. What was computed of the others is kept")
+                       "the data, or leave them out by --skip-bad. What was computed of the others is kept")
     print(f"{report} and are left out, listed in {path}")
     for name, split in splits.items():
         good = np.array([row not in bad[name] for row in range(len(split.pictures))])

@@ -61,7 +61,7 @@ def settle(server: qdrant.Connection, kind: str, manifest: dict) -> None:
     there = served.manifest_of(server, kind)
     other = [name for name in manifest if name not in MAY_CHANGE and there.get(name) != manifest[name]]
     if other:
-        raise BadInput(f"{server.address}: holds an index with another {', '.join(other)}: give another NAME")
+        raise BadInput(f"{server.address}: holds an index with another {', '.join(other)}: give another address")
 
 
 def graph(approximate: object) -> object:

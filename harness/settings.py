@@ -60,10 +60,10 @@ class Architecture:
     """Architecture (user has only --dim, and --dropout in its BERT)"""
 
     dim: Annotated[int, "D, size of the joint embedding", (2, 8192)] = 1024
-    region_width: Annotated[int, "width of the region encoder; 0 is the features' own (paper)", (0, 8192)] = 0
-    region_layers: Annotated[int, "layers of the region encoder", (1, 24)] = 4
+    region_width: Annotated[int, "width of tgdt's region encoder; 0 is the features' own (paper)", (0, 8192)] = 0
+    region_layers: Annotated[int, "layers of tgdt's region encoder", (1, 24)] = 4
     local_layers: Annotated[int, "layers of each local encoder, or fine level (tgdt-user)", (1, 24)] = 2
-    global_layers: Annotated[int, "layers of each global encoder", (1, 24)] = 2
+    global_layers: Annotated[int, "layers of tgdt's global encoders", (1, 24)] = 2
     heads: Annotated[int, "attention heads of each encoder", (1, 64)] = 4
     feedforward: Annotated[int, "feed-forward width of each encoder", (1, 32768)] = 2048
     dropout: Annotated[float, "dropout in each encoder", (0, 0.99)] = 0.1
@@ -87,7 +87,7 @@ class CMC:
 
     margin: Annotated[float, "margin of the inter-modal hinge", (0, 10)] = 0.2
     intra_margin: Annotated[float, "margin of the intra-modal consistency", (0, 10)] = 0.3
-    local_weight: Annotated[float, "weight of the local similarity, in the loss and in re-ranking", (0, 1000)] = 10.0
+    local_weight: Annotated[float, "weight of the local similarity in re-ranking, and in CMC", (0, 1000)] = 10.0
     reduction: Annotated[Literal["sum", "mean"], "how a caption's words are pooled; sum is the paper's"] = "sum"
 
 
@@ -105,14 +105,14 @@ class UTO:
 class InfoNCE:
     """InfoNCE (tgdt-user; beside the papers' losses in tgdt and user)"""
 
-    infonce_weight: Annotated[float, "weight of InfoNCE on every level that is searched", (0, 1000)] = 0.0
+    infonce_weight: Annotated[float, "weight of InfoNCE on every level that the model has", (0, 1000)] = 0.0
     temperature: Annotated[float, "temperature of its softmax", (0.001, 100)] = 0.05
     distill: Annotated[float, "share of its answers that the momentum copy gives, not the truth", (0, 1)] = 0.0
 
 
 @dataclass
 class Momentum:
-    """Momentum contrast (user, tgdt-user)"""
+    """Momentum contrast (user, tgdt-user; tgdt may have a copy, but no queue)"""
 
     queue: Annotated[int, "keys in each queue; 0 is UTO on the batch alone, without a queue", (0, 262_144)] = 2048
     momentum: Annotated[float, "share of itself that the momentum encoder keeps in a step", (0, 0.999999)] = 0.999
@@ -125,7 +125,7 @@ class Training:
     """Training"""
 
     epochs: Annotated[int, "passes over the training captions", (1, 10_000)] = 60
-    batch_size: Annotated[int, "captions a batch", (2, 16_384)] = 30
+    batch_size: Annotated[int, "captions a batch, at most", (2, 16_384)] = 30
     captions_per_image: Annotated[int, "captions of an image that share a batch", (1, 1000)] = 1
     easy_epochs: Annotated[int, "first epochs, in which CMC takes the mean negative, not the hardest", (0, 10_000)] = 0
     lr: Annotated[float, "peak learning rate", (1e-9, 10)] = 1e-5

@@ -21,7 +21,7 @@ from sources import photos
 from sources.features import TERAN, read_array
 from sources.files import BadInput, explained
 
-KARPATHY, COCO = "from cs.stanford.edu/people/karpathy/deepimagesent", "from cocodataset.org"
+KARPATHY, COCO = "python train.py --dataset NAME --fetch-only fetches them", "from cocodataset.org"
 COCO_PARTS = {"train": ("train", "restval"), "val": ("dev",), "test": ("test",)}
 OTHER_NAMES = {"restval": "train", "dev": "val"}  # names of splits in files -> ours
 

@@ -344,7 +344,7 @@ def test_bottom_up_bad_annotations(flickr):
     path.write_bytes(b'{\n"images": "\xff"}')
     bad(load, "dataset_flickr8k.json, line 2", "UTF-8")
     path.unlink()
-    bad(load, "dataset_flickr8k.json", "missing", "karpathy/deepimagesent")
+    bad(load, "dataset_flickr8k.json", "missing", "--fetch-only")
 
 
 @pytest.fixture
