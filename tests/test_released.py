@@ -1,15 +1,19 @@
 """The authors' checkpoints: their weights give their outputs, and no other file is taken for one."""
+import json
+import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, BertTokenizer
 
 import losses
 import tgdt
 import user
-from harness import released
+from harness import models, released
 
 PARITY = Path(__file__).parent / "parity"
 TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
@@ -54,6 +58,32 @@ def test_what_is_not_a_checkpoint_of_tgdt_is_refused_by_name(tmp_path):
         released.load_tgdt(other)
     with pytest.raises(ValueError, match="expected"):  # the tiny BERT is not bert-base
         released.load_tgdt(PARITY / "tgdt_released_tiny.pth.tar")
+
+
+def test_the_lines_that_evaluate_released_weights(tmp_path, monkeypatch, capsys):
+    """Those of docs/differences.md, on six images, with the tiny BERT in the place of bert-base-uncased."""
+    with np.load(PARITY / "tgdt_released_tiny.npz", allow_pickle=False) as arrays:
+        regions, boxes = arrays["regions"], arrays["boxes"]
+    sentences = [{"raw": f"word{row} word{row + 1} word9"} for row in range(30)]
+    images = [{"filename": f"{row}.jpg", "split": "test", "sentences": sentences[5 * row : 5 * row + 5]}
+              for row in range(6)]
+    for name in ("annotations", "features_36/bu_att", "features_36/bu_box"):
+        (tmp_path / "DIR" / name).mkdir(parents=True)
+    (tmp_path / "DIR/annotations/dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    for row in range(6):
+        np.savez(tmp_path / f"DIR/features_36/bu_att/{row}.npz", feat=regions[row])
+        np.save(tmp_path / f"DIR/features_36/bu_box/{row}.npy", 100 * boxes[row])
+    shutil.copy(PARITY / "tgdt_released_tiny.pth.tar", tmp_path / "model_best_rsum.pth.tar")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{row}" for row in range(95))]
+    tokenizer = BertTokenizer(vocab={word: row for row, word in enumerate(vocabulary)})
+    monkeypatch.setattr(models, "read_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr(released, "load_tgdt", partial(released.load_tgdt, text_config=BertConfig(**TINY_BERT)))
+    monkeypatch.chdir(tmp_path)
+    page = (PARITY.parent.parent / "docs" / "differences.md").read_text()
+    lines, = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(lines, "docs/differences.md", "exec"), {})
+    result = eval(capsys.readouterr().out)
+    assert set(result) == {"global", "two_stage", "seconds"} and 0 < result["two_stage"]["rsum"] <= 600
 
 
 # --------------------------------------------------------------------------------------------- released weights
