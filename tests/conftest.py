@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -15,7 +16,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)               # has them ignore these signals, which some tests send
 torch.set_num_threads(1)  # the tests make small products, for which a second thread costs more than it gives
 
+# The BERT of tests/parity.
+TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+                 max_position_embeddings=64)
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
+
+
+def unit(*shape: int, seed: int) -> torch.Tensor:
+    """Random vectors of unit length."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @pytest.fixture(scope="module")

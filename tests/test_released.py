@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_BERT
 from transformers import BertConfig, BertTokenizer
 
 import losses
@@ -16,8 +17,6 @@ import user
 from harness import models, released
 
 PARITY = Path(__file__).parent / "parity"
-TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-                 max_position_embeddings=64)
 
 
 @torch.inference_mode()

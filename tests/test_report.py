@@ -2,15 +2,11 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import unit
 
 import retrieve
 from harness import report
 from retrieve import Embeddings
-
-
-def unit(*shape: int, seed: int) -> torch.Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def test_five_folds_are_the_mean_of_their_parts():

@@ -2,16 +2,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import unit
 
 import losses
 import retrieve
 from harness import engines
 from retrieve import Embeddings
-
-
-def unit(*shape: int, seed: int) -> torch.Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @pytest.fixture

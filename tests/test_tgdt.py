@@ -1,14 +1,11 @@
 """tgdt.py: shapes, masks, and embeddings that depend on nothing but their own input."""
-
 import pytest
 import torch
+from conftest import TINY_BERT
 from transformers import BertConfig, BertModel
 
 import losses
 import tgdt
-
-TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-                 max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_user import TINY_BERT, make_batch
+from conftest import TINY_BERT
+from test_user import make_batch
 from transformers import BertConfig, BertModel
 
 import losses

@@ -1,14 +1,11 @@
 """user.py: brute-force twins, and what may not change an embedding."""
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_BERT
 from transformers import BertConfig, BertModel
 
 import user
-
-TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-                 max_position_embeddings=64)
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
