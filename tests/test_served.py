@@ -215,7 +215,7 @@ def test_two_models_or_corpora_are_never_mixed(sides, address):
     pushed(address, sides)
     calls = []
     for changes in ({"checkpoint": "other"}, {"split": "val"}, {"pictures": [["a.jpg", 1]]}):
-        with pytest.raises(BadInput, match=f"another {next(iter(changes))}: give another NAME"):
+        with pytest.raises(BadInput, match=f"another {next(iter(changes))}: give another address"):
             pushed(address, sides, calls, **changes)
     pushed(address, sides, calls, run="moved", data="moved")  # where things lie may change
     assert calls == [] and served.load(address).manifest["checkpoint"] == "abc"
