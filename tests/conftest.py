@@ -1,4 +1,5 @@
 """What several test files train on: a tiny BERT, a tiny SCAN folder, and the flags that name them."""
+import os
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from harness import figures
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background, or nohup,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)               # has them ignore these signals, which some tests send
 torch.set_num_threads(1)  # the tests make small products, for which a second thread costs more than it gives
+os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the processes that they start
 
 # The BERT of tests/parity.
 TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,

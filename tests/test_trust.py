@@ -163,6 +163,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
         console.run_command(lambda: torch.nn.Linear(2, 3).load_state_dict(torch.nn.Linear(3, 3).state_dict()))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_training_ends_when_nobody_reads_its_output(flags, tmp_path):
     """As in `python train.py | head`: it saves and stops, without a traceback, and can go on."""
     command = [sys.executable, str(ROOT / "train.py"), *flags]
