@@ -60,14 +60,14 @@ def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
 
     root: the folder of the files. A "test" split is left out if the dataset has none. regions: "files" wants files of
     region features, "auto" takes them if they are there, any other word leaves `features` None. split_seed: how
-    your own pictures are drawn into splits if their table does not say. Raises BadInput if a file is missing or wrong.
+    your own pictures are drawn into splits if their table does not say. Raises BadInput if a file is missing or wrong,
+    or if there is one picture alone to train on.
     """
     if dataset == "scenes":
         return {name: load_scenes(name, regions) for name in splits}
     listings = layouts.read(dataset, root, splits, regions, split_seed)
-    for name, listing in listings.items():
-        if name == "train" and len(listing.image_names) < 2:
-            raise BadInput(f"{root}: found one picture to train on, expected two or more, to tell them apart")
+    if "train" in listings and len(listings["train"].image_names) < 2:
+        raise BadInput(f"{root}: found one picture to train on, expected two or more, to tell them apart")
     return {name: Split(name, **listing._asdict()) for name, listing in listings.items()}
 
 

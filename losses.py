@@ -75,7 +75,7 @@ def local_similarity(region_tokens: Tensor, region_mask: Tensor, word_tokens: Te
 
 
 def over_words(total: Tensor, words: Tensor, reduction: str) -> Tensor:
-    """The reduction over a caption's words: total [..., C] is their sum, words [C] says how many there are."""
+    """total [..., C], a sum over words [C] words, as it is or as a mean. Raises ValueError for another reduction."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction is "sum" or "mean", not {reduction!r}')
     return total if reduction == "sum" else total / words.clamp(min=1)
