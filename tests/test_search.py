@@ -1,9 +1,11 @@
 """The search command: an index answers as its run does, and what cannot be asked is refused in one line."""
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import retrieve
@@ -49,6 +51,23 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     assert retrieve.main(["search", out, "a red dog"]) == 2
     message = capsys.readouterr().err
     assert "another checkpoint" in message and message.count("\n") == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_index_of_other_captions_or_features_is_another_index(flags, root, tmp_path):
+    """So that a build that was interrupted is not gone on with after the data has changed."""
+    data = Path(shutil.copytree(root, tmp_path / "data"))
+    flags[flags.index("--data-root") + 1] = str(data)
+    run, seen = str(tmp_path / "run"), []
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    captions, features = data / "dev_caps.txt", np.load(data / "dev_ims.npy")
+    changes = (lambda: None, lambda: captions.write_text(captions.read_text().replace("a", "two", 1)),
+               lambda: np.save(data / "dev_ims.npy", features[::-1]))
+    for number, change in enumerate(changes):
+        change()
+        assert retrieve.main(["index", run, "--out", str(tmp_path / str(number))]) == 0
+        seen.append(json.loads((tmp_path / str(number) / "manifest.json").read_text())["content"])
+    assert len(set(seen)) == 3
 
 
 def answers_of(where: str, caption: str, capsys) -> list:
