@@ -171,8 +171,8 @@ def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], ski
     print(f"{report} and are left out, listed in {path}")
     for name, split in splits.items():
         good = np.array([row not in bad[name] for row in range(len(split.pictures))])
-        if not good.any():
-            raise BadInput(f"no picture of split {name} can be used, see {path}")
+        if good.sum() < (needed := 2 if name == "train" else 1):
+            raise BadInput(f"{good.sum()} of split {name}'s pictures can be used, expected {needed} or more: {path}")
         split.keep(good)
 
 

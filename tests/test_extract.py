@@ -218,8 +218,9 @@ def test_bad_pictures_are_reported_after_all_others_are_safe(root, seen, capsys)
     assert np.allclose(features(found), [colour(root / name) for name in found.image_names])
     assert found.captions == [f"{name} {i}" for name in found.image_names for i in range(2)]
     assert found.image_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    with pytest.raises(BadInput, match="no picture of split train"):
-        run(root, ["1.png"], skip_bad=True)
+    for names, left in ((["1.png"], 0), (["0.png", "1.png"], 1)):
+        with pytest.raises(BadInput, match=f"{left} of split train's pictures can be used, expected 2 or more"):
+            run(root, names, skip_bad=True)
 
 
 def test_regions_and_the_clip_guide_in_one_pass(root, seen, tmp_path_factory, monkeypatch):
