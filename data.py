@@ -12,8 +12,10 @@ A batch is a dictionary of tensors, for B captions and their I images, each imag
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,12 @@ class Split:
     def picture(self, row: int) -> Image.Image | None:
         """The picture of an image, RGB and upright, or None. Raises BadInput if the file is not a picture."""
         return None if self.pictures[row] is None else photos.read(self.pictures[row])
+
+    def row_of(self, name: str) -> int | None:
+        """The row of an image, given by its name or as a row. None if there is no such image."""
+        if name in self.image_names:
+            return self.image_names.index(name)
+        return int(name) if re.fullmatch("[0-9]{1,9}", name) and int(name) < len(self.image_names) else None
 
     def keep(self, good: np.ndarray) -> None:
         """Drop all images but the good ones, and their captions. good: [N] bool."""
@@ -197,25 +205,24 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     captions_of: dict[int, list[int]] = {}
     for caption in np.argsort(rng.permutation(len(image_of))).tolist():
         captions_of.setdefault(int(image_of[caption]), []).append(caption)
-    counts = sorted(len(captions) for captions in captions_of.values())
-    # No more captions than an image has: the batch gets more images instead.
-    each, most = min(captions_per_image, max(1, batch_size // 2), counts[-1]), counts[-2:][0]
+    most = sorted(map(len, captions_of.values()))[-2:][0]  # the second most that an image has
+    each = min(captions_per_image, batch_size // 2, most)  # with fewer captions an image, a batch gets more images
 
     groups = []  # (round, image, the captions that it gives in this round)
     for image in sorted(captions_of):
-        for start in range(0, min(most, len(captions_of[image])), each):
-            groups.append((start // each, image, captions_of[image][start : min(start + each, most)]))
+        captions = captions_of[image][:most]
+        groups += [(start // each, image, captions[start : start + each]) for start in range(0, len(captions), each)]
     shuffle = rng.permutation(len(groups))
-    order = sorted(range(len(groups)), key=lambda group: (groups[group][0], shuffle[group]))
+    groups = [groups[at] for at in sorted(range(len(groups)), key=lambda at: (groups[at][0], shuffle[at]))]
 
     images = batch_size // each  # in a batch
-    batches = [order[start : start + images] for start in range(0, len(order), images)]
-    for batch, after in zip(batches[:-1], batches[1:], strict=True):
-        if len({groups[group][1] for group in batch}) == 1:  # an image was last in one round and first in the next
+    batches = [groups[start : start + images] for start in range(0, len(groups), images)]
+    for batch, after in pairwise(batches):
+        if len({image for _, image, _ in batch}) == 1:  # an image was last in one round and first in the next
             batch[-1], after[0] = after[0], batch[-1]
     if len(batches) > 1 and len(batches[-1]) < images:
         batches.pop()
-    return [[caption for group in batch for caption in groups[group][2]] for batch in batches]
+    return [[caption for _, _, captions in batch for caption in captions] for batch in batches]
 
 
 def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, Tensor]]:

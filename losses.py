@@ -5,9 +5,8 @@ Training" (TGDT), the part on CMC, and Zhang et al., "USER: Unified Semantic Enh
 Image-Text Retrieval" (USER), the part on UTO. The symbols of both papers are listed in docs/symbols.md.
 
 Everything here is a function of tensors. A batch holds B captions, and row i of a [B, B] similarity matrix is the
-image of caption i, so the true pairs stand on the diagonal. Two captions of one image may meet in a batch. Their
-pairs are true as well, although they stand off the diagonal. `positives` marks all true pairs, and no loss uses a
-marked pair as a negative.
+image of caption i, so the true pairs stand on the diagonal. If two captions of one image meet in a batch, there are
+true pairs off the diagonal, too. `positives` marks all true pairs, and no loss uses one of them as a negative.
 """
 from __future__ import annotations
 
@@ -228,11 +227,12 @@ def contrast(
     if infonce_weight == 0:
         return images.globals.new_zeros(())
 
-    def levels(images, texts) -> list[Tensor]:  # [B, B] each
-        tokens = [(images.plain, texts.plain), (images.tokens, texts.tokens)]
-        return [images.globals[image_row] @ texts.globals.T] + [
-            local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row]
-            for regions, words in tokens if regions is not None]
+    def levels(images, texts) -> list[Tensor]:
+        found = [images.globals[image_row] @ texts.globals.T]                                         # [B, B], as all
+        for regions, words in ((images.plain, texts.plain), (images.tokens, texts.tokens)):
+            if regions is not None:
+                found.append(local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row])
+        return found
 
     ours, positives = levels(images, texts), image_row[:, None] == image_row
     taught = levels(*teacher) if teacher else [None] * len(ours)

@@ -64,13 +64,13 @@ def pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share: Callable = call,
-           kind: type | None = None) -> tuple[Encoded, Encoded]:
+           coarse: bool = False) -> tuple[Encoded, Encoded]:
     """The I images and B captions of a batch. The network runs in mixed precision, the losses always in float32.
 
     share: calls the encoder with the batch. Another one lets several GPUs encode a part each, see harness/ranks.py.
-    kind: the class whose encoders are used, if not the model's own.
+    coarse: by USER's encoders, which give the unified model's coarse vectors alone.
     """
-    kind = kind or type(model)
+    kind = USER if coarse else type(model)
     encode_texts = partial(by_length, partial(kind.encode_texts, model))
     with torch.autocast(batch["regions"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         images, texts = share(partial(kind.encode_images, model), batch), share(encode_texts, batch)
@@ -105,8 +105,8 @@ def forward(model: nn.Module, momentum: MomentumContrast | None, batch: Mapping[
     images, texts = encode(model, batch, precision, share)
     if not queue and not distill:
         return images, texts, None, None
-    with torch.no_grad():  # a key is a coarse vector, which USER's encoders make for the unified model too
-        by_copy = encode(momentum.encoder, batch, precision, share, None if distill else USER)
+    with torch.no_grad():
+        by_copy = encode(momentum.encoder, batch, precision, share, coarse=not distill)  # a key is a coarse vector
     keys = momentum_keys(momentum, batch, *by_copy) if queue else None
     return images, texts, keys, by_copy if distill else None
 

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arms import ARMS, BUDGETS, CLAIMS, MODELS, ONLY_PHOTOGRAPHS, OURS, changes_of, remember, split_arm
@@ -72,10 +71,8 @@ def one(budget: str, arm: str, out: Path, argv: list[str]) -> int:
             run, loss_of = part.to_run(run), part.loss_of or loss_of
         if chosen.training.text_lr == chosen.text.noise == chosen.architecture.dropout == 0:
             run = remember(run)
-        attention = sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" else nullcontext()  # as train.py does
-        with run.interrupt, run.bar, attention:
-            if not train.train(run, loss_of):
-                return 130
+        if not training.train_guarded(partial(train.train, loss_of=loss_of), run):
+            return 130
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     identity = {"checkpoint": "none", "run": "none", "split": "test", "data": None, "dtype": "float16",
                 "dim": args.dim, "tokens": not args.approximate}
-    names = {"images": ["x"] * args.images, "captions": ["x"] * args.images, "image_of": list(range(args.images))}
+    names = {"images": ["x"] * args.images, "captions": ["x"] * args.images}
     counts = dict.fromkeys(index.KINDS, args.images)
     with tempfile.TemporaryDirectory() as temporary:
         disk, folder = Path(temporary, "disk"), Path(temporary, "qdrant")

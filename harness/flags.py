@@ -8,7 +8,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -91,25 +91,14 @@ def path(text: str) -> Path:
     return Path(not_empty(text))
 
 
-def workers(text: str) -> int:
-    """The value of --workers."""
-    if not text.isdecimal() or int(text) > 256:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 256")
-    return int(text)
+def whole(lowest: int, highest: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number in this range."""
+    def read(text: str) -> int:
+        if not text.isdecimal() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {lowest} to {highest:,}")
+        return int(text)
 
-
-def port(text: str) -> int:
-    """The value of --port."""
-    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 65,535")
-    return int(text)
-
-
-def pieces(text: str) -> int:
-    """The value of --pieces."""
-    if not text.isdecimal() or not 1 <= int(text) <= 16_384:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 16,384")
-    return int(text)
+    return read
 
 
 def parser(shown: settings.Settings) -> Parser:
@@ -132,9 +121,9 @@ def parser(shown: settings.Settings) -> Parser:
             titled.add_argument(settings.flag(name), help=note, default=None, **how)
     other = out.add_argument_group("Everything else")
     other.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
-    other.add_argument("--workers", type=workers, metavar="N", default=0,
+    other.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
                        help="processes that read features (default 0), or decode pictures (one a core, 8 at most)")
-    other.add_argument("--pieces", type=pieces, metavar="N", default=1,
+    other.add_argument("--pieces", type=whole(1, 16_384), metavar="N", default=1,
                        help="encode a batch in N pieces, to save memory; only with --model tgdt (default 1)")
     other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
@@ -214,7 +203,7 @@ def search_parser() -> Parser:
     two.add_argument("--images", type=path, metavar="FOLDER",
                      help="index the pictures in this folder instead of a split; wants a run trained on pictures")
     two.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
-    two.add_argument("--workers", type=workers, metavar="N", default=0,
+    two.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
                      help="processes that decode pictures (default: one a core, 8 at most)")
     two.add_argument("--dtype", choices=DTYPES, default="float16",
                      help="how tokens are stored (default float16)")
@@ -239,7 +228,7 @@ def search_parser() -> Parser:
     four.add_argument("--host", type=not_empty, default="127.0.0.1", metavar="ADDRESS",
                       help="who can open the page: 127.0.0.1, the default, is this machine alone; 0.0.0.0 is everyone "
                       "who can reach it")
-    four.add_argument("--port", type=port, metavar="N", help="default: the first free one from 7860 on")
+    four.add_argument("--port", type=whole(1, 65_535), metavar="N", help="default: the first free one from 7860 on")
     four.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
     return out
 

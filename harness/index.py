@@ -41,7 +41,7 @@ class Index:
     manifest: dict
     images: Embeddings
     texts: Embeddings
-    names: dict   # images [N], captions [M], image_of [M]
+    names: dict   # images [N], captions [M]
     folder: Path  # of its run
 
 

@@ -49,17 +49,21 @@ def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, dev
     if not caches:
         return found
 
-    bad = {name: {row: f"{split.image_names[row]}: no such picture in {root} or its usual subfolders"
-                  for row, picture in enumerate(split.pictures) if picture is None} for name, split in splits.items()}
+    bad = {name: {} for name in splits}  # of each split, row -> what is wrong with its picture
+    images = []                          # (split, row) of the pictures that are there
+    for name, split in splits.items():
+        for row, picture in enumerate(split.pictures):
+            if picture is None:
+                bad[name][row] = f"{split.image_names[row]}: no such picture in {root} or its usual subfolders"
+            else:
+                images.append((name, row))
     if not from_pictures:
         check_guided(splits, bad)
-    images = [(name, row) for name, split in splits.items() for row in range(len(split.pictures))
-              if row not in bad[name]]
     rows, errors = fill([splits[name].pictures[row] for name, row in images], root, caches, workers)
     for place, message in errors.items():
         name, row = images[place]
         bad[name][row] = message
-    leave_out(splits, bad, settings.pictures.skip_bad and from_pictures, cache)
+    leave_out(splits, bad, settings.pictures.skip_bad, from_pictures, cache)
     for name, split in splits.items():
         good = [place for place, (of, row) in enumerate(images) if of == name and row not in bad[name]]
         if "regions" in caches:
@@ -157,17 +161,22 @@ def cache_folder(settings: Settings, folder: Path) -> Path:
     return (Path(root) if root and os.access(root, os.W_OK) else folder) / "cache"
 
 
-def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], skip: bool, cache: Path) -> None:
-    """Report the pictures that cannot be used. With `skip`, go on without them and their captions."""
+def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], skip: bool, from_pictures: bool,
+              cache: Path) -> None:
+    """Report the pictures that cannot be used. With `skip`, go on without them and their captions.
+
+    That works if the features come `from_pictures`. Files of features have a row for each picture.
+    """
     messages = [message for of_split in bad.values() for _, message in sorted(of_split.items())]
     if not messages:
         return
     path, total = cache / "bad_pictures.txt", sum(len(split.pictures) for split in splits.values())
     files.write_whole(path, lambda file: file.write("".join(f"{message}\n" for message in messages).encode()))
     report = f"{len(messages)} of {total} pictures cannot be used"
-    if not skip:
-        raise BadInput(f"{report}, the first is {messages[0]}. All are listed in {path}. Repair them, remove them from "
-                       "the data, or leave them out by --skip-bad. What was computed of the others is kept")
+    if not (skip and from_pictures):
+        way = "remove them from the data, or leave them out by --skip-bad" if from_pictures else "or take --guide self"
+        raise BadInput(f"{report}, the first is {messages[0]}. All are listed in {path}. Repair them, {way}. "
+                       "What was computed of the others is kept")
     print(f"{report} and are left out, listed in {path}")
     for name, split in splits.items():
         good = np.array([row not in bad[name] for row in range(len(split.pictures))])

@@ -5,7 +5,6 @@ Nothing here knows of HTML or of Gradio.
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -101,15 +100,11 @@ def ask_caption(side: Side, text: str) -> Query:
 
 def ask_picture(side: Side, name: str) -> Query:
     """A picture of the split as a query, by its name or its row. Raises BadInput if there is none."""
-    split, name = side.run.split, name.strip()
-    if name in split.image_names:
-        row = split.image_names.index(name)
-    elif re.fullmatch("[0-9]{1,9}", name) and int(name) < len(split.image_names):
-        row = int(name)
-    else:
-        raise BadInput(f"{side.name} has no picture {name[:80]!r}. Give a name, or a row from 0 to "
+    split, row = side.run.split, side.run.split.row_of(name.strip())
+    if row is None:
+        raise BadInput(f"{side.name} has no picture {name.strip()[:80]!r}. Give a name, or a row from 0 to "
                        f"{len(split.image_names) - 1}.")
-    return ask_image(side, split, row, set(np.flatnonzero(split.image_of == row).tolist()))
+    return Query(side.run.image(split, row), set(np.flatnonzero(split.image_of == row).tolist()), [], split, row)
 
 
 def ask_upload(side: Side, path: str) -> Query:
@@ -119,12 +114,7 @@ def ask_upload(side: Side, path: str) -> Query:
     except BadInput as error:
         raise BadInput(str(error).replace(path, Path(path).name)) from None
     split.image_names = [Path(path).name]
-    return ask_image(side, split, 0, set())
-
-
-def ask_image(side: Side, split: data.Split, row: int, right: set[int]) -> Query:
-    batch = data.image_side(split, np.array([row])) | {"image_index": torch.zeros(1, dtype=torch.long)}
-    return Query(side.run.encode([batch], "image", 1), right, [], split, row)
+    return Query(side.run.image(split, 0), set(), [], split)
 
 
 def pieces_of(side: Side, text: str) -> list[str]:

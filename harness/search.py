@@ -17,7 +17,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,6 +58,11 @@ class Searched:
         if kind == "image":
             return self.encode(data.image_batches(self.split, 128), "image", len(self.split.features))
         return self.encode(data.text_batches(self.words, 256), "text", len(self.words))
+
+    def image(self, split: data.Split, row: int) -> Embeddings:
+        """One image of a split, this one or another."""
+        batch = data.image_side(split, np.array([row])) | {"image_index": torch.zeros(1, dtype=torch.long)}
+        return self.encode([batch], "image", 1)
 
     def encode(self, batches, kind: str, count: int) -> Embeddings:
         return encode(self.model, batches, kind, count, self.device, self.precision)
@@ -132,12 +136,12 @@ def run_index(args: argparse.Namespace) -> None:
     if args.approximate and not address:
         raise BadInput("--approximate is for an index in Qdrant: --out qdrant://HOST:PORT/NAME")
     if not address:
-        index.place_of(args.out)  # before the data is loaded
+        args.out = index.place_of(args.out)  # before the data is loaded
     if args.images:
         if args.split:
             raise BadInput("--images FOLDER has no splits: give it without --split")
         run = open_run(args.run, args, None, with_data=False)
-        cache = args.run / "pushed.cache" if address else args.out.with_name(args.out.name + ".cache")
+        cache = args.run / "pushed.cache" if address else args.out.with_name(f"{args.out.name}.cache")
         settings = settings_.from_flat(settings_.flat(run.settings) | {
             "data_root": str(args.images), "skip_bad": args.skip_bad, "cache": str(cache)})
         run.split, run.words = pictures.of_folder(settings, args.run, run.device, args.workers, run.seen), []
@@ -159,7 +163,7 @@ def run_index(args: argparse.Namespace) -> None:
                    for part in np.array_split(items, -(-len(items) // 128)))
         return run.encode(batches, "image", len(items))
 
-    names = {"images": split.image_names, "captions": split.captions, "image_of": split.image_of.tolist()}
+    names = {"images": split.image_names, "captions": split.captions}
     counts = {"image": len(split.features), "text": len(split.captions)}
     if address:
         lengths = {"image": settings.search.images_shortlist, "text": settings.search.captions_shortlist}
@@ -191,8 +195,8 @@ def run_search(args: argparse.Namespace) -> None:
         corpus, names = run.side(wanted), run.split.image_names if wanted == "image" else run.split.captions
     fine = run.settings.run.model != "user"
     if args.image is not None:
-        batch, picture = picture_query(run, args.image)
-        rows, found = answer(run, run.encode([batch], "image", 1), corpus, names, args.top)
+        split, row = picture_query(run, args.image)
+        rows, found = answer(run, run.image(split, row), corpus, names, args.top)
         report.show(args.image, found[0], args.json, fine)
     else:
         blocks = range(0, len(captions), QUERIES)
@@ -205,12 +209,12 @@ def run_search(args: argparse.Namespace) -> None:
         rows = rows[0].tolist()
         if no_captions:  # a split of the pictures that were found
             found = [names[row] for row in rows]
-            files = photos.find(Path(opened.manifest["data"]), [("", name) for name in found])
+            files = photos.find(Path(args.data_root or opened.manifest["data"]), [("", name) for name in found])
             run.split, rows = data.Split("images", [], np.zeros(0, np.int64), None, found, files), range(len(rows))
         if args.image is None:
             figures.found_images(run.split, captions[0], rows, args.save)
         else:
-            figures.found_captions(picture, [names[row] for row in rows], args.save)
+            figures.found_captions(split.picture(row), [names[row] for row in rows], args.save)
         print(f"picture: {args.save}", file=sys.stderr if args.json else sys.stdout)
 
 
@@ -265,24 +269,20 @@ def check_search(args: argparse.Namespace) -> list[str]:
     return captions
 
 
-def picture_query(run: Searched, name: str) -> tuple[dict[str, Tensor], Image.Image | None]:
-    """A batch of one image: one of the split, by name or row, or any file if the run was trained on pictures.
+def picture_query(run: Searched, name: str) -> tuple[data.Split, int]:
+    """A split and a row in it: an image of the run's split, or any file if the run was trained on pictures.
 
-    Raises BadInput if it is none of these.
+    Raises BadInput if it is neither.
     """
-    split, row = run.split, None
-    for candidate in (name, Path(name).name):
-        if row is None and candidate in split.image_names:
-            row = split.image_names.index(candidate)
-    if name in map(str, range(len(split.image_names))):
-        row = int(name)
-    if row is None:
-        if run.seen["regions"]["kind"] == "files" or not Path(name).is_file():
-            raise BadInput(f"{name}: no image of the {split.name} split, by name or by row (0 to "
-                           f"{len(split.image_names) - 1}). Any picture file will do if a run was trained on pictures")
-        split, row = pictures.one(Path(name), run.settings, run.device, run.seen), 0
-    batch = data.image_side(split, np.array([row]))
-    return batch | {"image_index": torch.zeros(1, dtype=torch.long)}, split.picture(row)
+    split, row, from_files = run.split, run.split.row_of(name), run.seen["regions"]["kind"] == "files"
+    if row is None and from_files:  # a path will do, as only its name counts
+        row = split.row_of(Path(name).name)
+    if row is not None:
+        return split, row
+    if from_files or not Path(name).is_file():
+        raise BadInput(f"{name}: no image of the {split.name} split, by name or by row (0 to "
+                       f"{len(split.image_names) - 1}). Any picture file will do if a run was trained on pictures")
+    return pictures.one(Path(name), run.settings, run.device, run.seen), 0
 
 
 COMMANDS = {"evaluate": run_evaluate, "index": run_index, "search": run_search}

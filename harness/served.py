@@ -47,7 +47,7 @@ class Side:
             rows, coarse = self.nearest(block.globals, min(shortlist, len(self)), not self.manifest["approximate"])
             if not weight or block.tokens is None or not self.manifest["tokens"]:
                 found.append((rows, coarse, coarse))
-            elif block.kind == "text" and reduction in ("sum", "mean") and block.offsets.diff().min() > 0:
+            elif block.kind == "text" and block.offsets.diff().min() > 0:
                 local = self.max_sim(block, rows) / (block.offsets.diff()[:, None] if reduction == "mean" else 1)
                 scores, order = (coarse + weight * local).sort(dim=1, descending=True, stable=True)
                 found.append((rows.gather(1, order), scores, coarse.gather(1, order)))

@@ -180,7 +180,7 @@ GROUPS: dict[str, type] = get_type_hints(Settings)
 FIELDS: dict[str, Field] = {}
 for _group, _class in GROUPS.items():
     for _name, _hint in get_type_hints(_class, include_extras=True).items():
-        _type, (_help, *_range) = _hint.__origin__, _hint.__metadata__
+        _type, _help, *_range = get_args(_hint)
         _choices = get_args(_type) if get_origin(_type) is Literal else ()
         _optional = isinstance(_type, UnionType)  # str | None
         _plain = str if _choices or _optional else _type

@@ -82,6 +82,7 @@ class Run:
                 torch.cuda.set_rng_state(self.last["cuda_rng"])
             if torchrun.number() == 0:
                 self.write_history()  # a kill may have come between the checkpoint and this file
+                settings_.write(self.out / "settings.json", self.settings)  # what --resume changed, as all of it fits
             self.started -= self.history[-1]["seconds"] if self.history else 0
             self.last = None  # it has the size of the model, the copy and the optimizer
         self.bar.update(self.epoch * self.steps_per_epoch + self.step)
@@ -117,12 +118,12 @@ class Run:
 
         The state is saved then. history.jsonl has the loss of one pair: TGDT's is a sum over the pairs.
         """
-        self.bar.update()
         if self.step % LOOK_EVERY == 0 or self.step == self.steps_per_epoch:
             self.losses.append(loss.item() / (pairs if self.settings.run.model == "tgdt" else 1))
             if not math.isfinite(self.losses[-1]):
                 raise folder.diverged(self.out, f"the loss is {self.losses[-1]}", self.epoch, self.step)
-            self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{self.losses[-1]:.3f}")
+            self.bar.set_postfix(refresh=False, epoch=self.epoch + 1, loss=f"{self.losses[-1]:.3f}")
+        self.bar.update()  # after the loss: if nobody reads the output any more, this is the state that is saved
         stop = torchrun.any_of(self.interrupt.seen)
         if stop or time.perf_counter() - self.saved > SAVE_EVERY:
             self.save()
@@ -130,12 +131,12 @@ class Run:
 
     def finish_epoch(self) -> None:
         """Evaluate on val; write a line of history, the curves, and the checkpoints. Only rank 0 does."""
-        self.epoch, self.step = self.epoch + 1, 0
         if torchrun.number() > 0:
-            return self.losses.clear()
-        val = self.evaluate(self.kept)
+            self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+            return
+        val = self.evaluate(self.kept)  # before the epoch counts as done, since this may end with an error
         final = report.final(val)
-        line = {"epoch": self.epoch, "loss": sum(self.losses) / len(self.losses),
+        line = {"epoch": self.epoch + 1, "loss": sum(self.losses) / len(self.losses),
                 "lr": self.optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - self.started, 1),
                 "val": {name: val[name] for name in ("global", "two_stage") if name in val}}
         if self.kept is not self.model:  # to see what the average over the steps is worth
@@ -143,9 +144,9 @@ class Run:
         if hasattr(self.kept, "image_pool"):
             line["pooling"] = report.pooling(self.kept, self.splits["val"], self.words["val"])
         if self.settings.run.model == "tgdt":
-            line["negatives"] = "mean" if self.epoch <= self.settings.training.easy_epochs else "hardest"
+            line["negatives"] = "mean" if self.epoch < self.settings.training.easy_epochs else "hardest"
         self.history.append(line)
-        self.losses = []
+        self.epoch, self.step, self.losses = self.epoch + 1, 0, []
         best = final["rsum"] >= max(report.final(line["val"])["rsum"] for line in self.history)
         if best or not (self.out / "best.pt").exists():
             state = self.inputs | {"settings": asdict(self.settings), "epoch": self.epoch,
@@ -173,8 +174,7 @@ class Run:
                               exhaustive=False)[0]
 
     def parts(self) -> dict:
-        parts = {"model": self.model, "momentum": self.momentum, "optimizer": self.optimizer}
-        return {name: part for name, part in parts.items() if part is not None}
+        return {name: part for name in ("model", "momentum", "optimizer") if (part := getattr(self, name))}
 
     def save(self) -> None:
         """Write checkpoint.pt: all that an exact resume needs. Only rank 0 does. Raises BadInput if a weight is NaN."""
@@ -214,7 +214,7 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     say(f"loading the text encoder: {settings.text.text_encoder}")
     known = last and (out / "tokenizer").is_dir()  # then the text encoder's own files are not needed any more
     bert, tokenizer = folder.text_encoder(out, last) if known else models.text_encoder(settings)
-    if torchrun.number() == 0:  # before the features, which take long, so that --resume works
+    if torchrun.number() == 0 and not last:  # before the features, which take long, so that --resume works
         settings_.write(out / "settings.json", settings)
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])
     feature_dim, train_data = splits["train"].features.dim, folder.fingerprint(splits["train"])

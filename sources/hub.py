@@ -39,7 +39,7 @@ def within_reach(address: str = "") -> bool:
         try:
             socket.create_connection((at.hostname, at.port or (80 if at.scheme == "http" else 443)), WAIT).close()
             answers.append(True)
-        except OSError:
+        except (OSError, ValueError):  # a port that is no number
             pass
 
     knock = Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own

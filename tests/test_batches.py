@@ -165,6 +165,11 @@ def test_no_batch_has_one_image_alone(counts, batch_size, each, left_out):
         assert np.bincount(image_of[captions]).max() <= sorted(counts)[-2]
 
 
+def test_one_image_with_many_captions_does_not_make_the_batches_smaller():
+    image_of = np.repeat(np.arange(101), [5] + [1] * 100)
+    assert [len(batch) for batch in data.epoch_batches(image_of, 20, 5, 0, 0)] == [20] * 5
+
+
 # -------------------------------------------------------------------------------------------------------- caption noise
 
 

@@ -362,6 +362,8 @@ def test_a_picture_more_is_a_picture_more_in_the_index(flags, own, weights, tmp_
     assert retrieve.main(["index", run, "--images", str(own), "--out", index, "--skip-bad"]) == 0
     out = capsys.readouterr().out
     assert "1 of 22 pictures" in out and "21 images" in out and sum(looked) == 0  # the new one was kept before
+    monkeypatch.chdir(index)
+    assert retrieve.main(["index", run, "--images", str(own), "--out", ".", "--skip-bad"]) == 0
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -406,6 +408,12 @@ def test_a_picture_that_is_missing_for_the_guide_is_named(root, clip_folder):
     splits["train"].features = object()  # from files
     with pytest.raises(BadInput, match=r"2 of 3 of split train.*image 1 \(no.png\)"):
         pictures.prepare(splits, settings(root, model="user", guide="clip", clip_model=str(clip_folder)), root)
+    (root / "1.png").write_bytes(b"no picture")
+    splits = {"train": split(root, ["0.png", "1.png"])}
+    splits["train"].features = object()
+    guided = settings(root, model="user", guide="clip", clip_model=str(clip_folder), skip_bad=True)
+    with pytest.raises(BadInput, match="1.png.*Repair them, or take --guide self"):  # a row of the files is not skipped
+        pictures.prepare(splits, guided, root)
 
 
 @pytest.fixture(scope="module")

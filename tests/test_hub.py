@@ -31,6 +31,10 @@ def test_a_server_that_answers_is_within_reach(monkeypatch):
         assert not hub.within_reach()
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert not hub.within_reach()  # the server is gone
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:80o")
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    assert not hub.within_reach() and not failed  # this port is no number
 
 
 @pytest.mark.parametrize("given, expected", [("", "https://huggingface.co"), ("http://hub.example/", "http://hub.example")])

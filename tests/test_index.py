@@ -24,7 +24,7 @@ IDENTITY = {"checkpoint": "abc", "run": "runs/x", "split": "test", "dtype": "flo
 
 def names_of(counts: dict) -> dict:
     return {"images": [f"image {row}" for row in range(counts["image"])],
-            "captions": [f"caption {row}" for row in range(counts["text"])], "image_of": [0] * counts["text"]}
+            "captions": [f"caption {row}" for row in range(counts["text"])]}
 
 
 def build(out: Path, sides: dict, calls: list | None = None, **changes: object) -> dict:

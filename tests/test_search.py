@@ -4,13 +4,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import data
 import retrieve
 import train
 from harness import search as command_line
+from sources.files import BadInput
 
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
@@ -111,3 +114,19 @@ def test_a_model_without_fine_tokens_has_no_shortlists(flags, tmp_path, capsys, 
     assert retrieve.main(["evaluate", str(tmp_path / "run"), "--shortlist", "1,2"]) == 2
     said = capsys.readouterr()
     assert "no fine tokens" in said.err and said.out == ""
+
+
+def test_a_picture_is_asked_for_by_its_name_or_row_and_a_file_is_that_file(tmp_path, monkeypatch):
+    split = data.Split("test", [], np.zeros(0, np.int64), None, ["a.png", "7", "b.png"], [None] * 3)
+    run = SimpleNamespace(split=split, seen={"regions": {"kind": "grid"}}, settings=None, device="cpu")
+    monkeypatch.setattr(command_line.pictures, "one", lambda picture, *rest: f"looked at {picture}")
+    for name, row in (("a.png", 0), ("2", 2), ("7", 1)):  # "7" is the name of the second one
+        assert command_line.picture_query(run, name) == (split, row)
+    other = tmp_path / "a.png"  # not the split's
+    other.write_bytes(b"")
+    assert command_line.picture_query(run, str(other)) == (f"looked at {other}", 0)
+    run.seen["regions"]["kind"] = "files"  # nobody can look at a picture as these files did
+    assert command_line.picture_query(run, str(other)) == (split, 0)
+    for name in ("3", "-1", str(tmp_path / "c.png")):
+        with pytest.raises(BadInput, match="by name or by row"):
+            command_line.picture_query(run, name)

@@ -25,8 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Local mode")
 IMAGES, TEXTS, DIM = 40, 70, 8
 IDENTITY = {"checkpoint": "abc", "run": "runs/x", "data": None, "dataset": "scenes", "split": "test",
             "dtype": "float32", "dim": DIM, "tokens": True}
-NAMES = {"images": [f"image {row}" for row in range(IMAGES)], "captions": [f"caption {row}" for row in range(TEXTS)],
-         "image_of": [row % IMAGES for row in range(TEXTS)]}
+NAMES = {"images": [f"image {row}" for row in range(IMAGES)], "captions": [f"caption {row}" for row in range(TEXTS)]}
 ENGINES = ["memory", pytest.param("files", marks=pytest.mark.skipif(not find_spec("qdrant_edge"),
                                                                     reason="qdrant-edge-py is not installed"))]
 

@@ -175,6 +175,33 @@ def test_training_ends_when_nobody_reads_its_output(flags, tmp_path):
     assert train.main(resume(tmp_path / "run")) == 0
 
 
+@pytest.mark.parametrize("moment", ["the last step of epoch 2", "the measuring after it"])
+def test_output_that_closes_loses_no_epoch(moment, flags, tmp_path, monkeypatch):
+    """A progress bar writes too, and nobody may read it any more. (Each epoch has four steps.)"""
+    closed = BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def closing(bar, *given):
+        if (bar.n, moment) == (7, "the last step of epoch 2"):
+            monkeypatch.undo()
+            raise closed
+        return update(bar, *given)
+
+    def measuring(run, model):
+        if (len(run.history), moment) == (1, "the measuring after it"):
+            monkeypatch.undo()
+            raise closed
+        return evaluate(run, model)
+
+    update, evaluate = training.tqdm.update, training.Run.evaluate
+    monkeypatch.setattr(training.tqdm, "update", closing)
+    monkeypatch.setattr(training.Run, "evaluate", measuring)
+    monkeypatch.setattr(console, "leave_quietly", lambda: 141)
+    assert train.main([*flags, "--epochs", "3"]) == 141
+    assert train.main(resume(tmp_path / "run")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
 def test_settings_that_were_edited_and_a_checkpoint_of_another_model_are_noticed(run, flags, tmp_path, capsys):
     text = (run / "settings.json").read_text()
     edited = json.loads(text)
@@ -218,10 +245,13 @@ def test_features_that_have_changed_are_noticed_and_moved_ones_are_welcome(run, 
     moved = tmp_path / "moved"
     shutil.copytree(root, moved)
     assert train.main(resume(run, "--data-root", f"{moved}/", "--skip-bad")) == 0
-    features = np.load(moved / "train_ims.npy")
+    changed, kept = tmp_path / "changed", (run / "settings.json").read_text()
+    shutil.copytree(root, changed)
+    features = np.load(changed / "train_ims.npy")
     features[0] += 1
-    np.save(moved / "train_ims.npy", features)
-    refused(train.main, resume(run), capsys, "other captions or features")
+    np.save(changed / "train_ims.npy", features)
+    refused(train.main, resume(run, "--data-root", f"{changed}/"), capsys, "other captions or features")
+    assert str(moved) in kept and (run / "settings.json").read_text() == kept
 
 
 @pytest.fixture(params=["file", "file/below", "read-only"])
