@@ -132,7 +132,9 @@ def twins(run: Run) -> list[dict]:
     gains = {"": ((images.globals[own] - images.globals[twin]) * texts.globals[asked]).sum(1)}
     if texts.tokens is not None:
         gains["global "] = gains[""]
-        local = [retrieve.local_of_pairs(images, texts, to, asked, settings.cmc.reduction) for to in (own, twin)]
+        device, reduction = images.globals.device, settings.cmc.reduction
+        local = [retrieve.local_of_pairs(images, texts, to.to(device), asked.to(device), reduction)
+                 for to in (own, twin)]
         gains[""] = gains[""] + settings.cmc.local_weight * (local[0] - local[1])
     kind = np.array(truth.twin_kind)[own]
     return [{"search": f"{way}twins, {name}", "t2i_r1": number(100 * (gain > 0).cpu().numpy()[kind == name].mean())}

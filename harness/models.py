@@ -100,4 +100,5 @@ def resolve(device: str, precision: str) -> tuple[torch.device, str]:
     if precision == "auto":  # older GPUs emulate bfloat16, and are slow with it
         fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if fast else "float32"
+    torch.backends.cudnn.allow_tf32 = False  # GPO's recurrent network would round float32 to 10 bits otherwise
     return found, precision

@@ -88,11 +88,12 @@ def alignment(images: Embeddings, texts: Embeddings, image_of: Sequence[int], tr
     A word is aligned if its most similar region lies on its object. Returns the percentage of aligned words, the
     percentage for a random region ("chance"), and the number of words.
     """
+    images, texts = images.to("cpu"), texts.to("cpu")  # many small steps
     hits, chance = [], []
     for caption, named in enumerate(truth.word_objects):
         image = int(image_of[caption])
         words = texts.tokens_of(torch.tensor([caption]))                                            # [W, D]
-        best = (words @ images.tokens_of(torch.tensor([image])).T).argmax(1).cpu().numpy()          # [W]
+        best = (words @ images.tokens_of(torch.tensor([image])).T).argmax(1).numpy()                # [W]
         on_object = lies_on(truth.boxes[image], truth.object_boxes[image])                          # [R, O] bool
         for word, thing in named:
             hits.append(on_object[best[word], thing])
