@@ -106,10 +106,13 @@ def tokenize(captions: Sequence[str], tokenizer, longest: int) -> list[np.ndarra
     return words
 
 
-def pad(words: Sequence[np.ndarray], pad_id: int) -> dict[str, Tensor]:
-    """Captions of different lengths -> word_ids [B, W] long and word_mask [B, W] bool, W that of the longest."""
+def pad(words: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """Captions of different lengths -> word_ids [B, W] long and word_mask [B, W] bool, W that of the longest.
+
+    Shorter captions end in zeros. The mask hides them, so no model sees what stands there.
+    """
     longest = max(len(ids) for ids in words)
-    word_ids = torch.full((len(words), longest), pad_id, dtype=torch.long)
+    word_ids = torch.zeros(len(words), longest, dtype=torch.long)
     word_mask = torch.zeros(len(words), longest, dtype=torch.bool)
     for row, ids in enumerate(words):
         word_ids[row, : len(ids)] = torch.from_numpy(ids)
@@ -171,9 +174,9 @@ class Pairs(torch.utils.data.Dataset):
     that the noise is drawn from, together with the first caption of the batch, so that a resumed run draws the same.
     """
 
-    def __init__(self, split: Split, words: list[np.ndarray], pad_id: int = 0, noise: CaptionNoise | None = None,
+    def __init__(self, split: Split, words: list[np.ndarray], noise: CaptionNoise | None = None,
                  seed: Sequence[int] = (0,)):
-        self.split, self.words, self.pad_id, self.noise, self.seed = split, words, pad_id, noise, list(seed)
+        self.split, self.words, self.noise, self.seed = split, words, noise, list(seed)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -186,7 +189,7 @@ class Pairs(torch.utils.data.Dataset):
             rng = np.random.default_rng([*self.seed, captions[0]])
             words = [self.noise(ids, rng) for ids in words]
         who = {"image_row": image_row, "image_index": images[image_row], "caption_index": captions}
-        return (image_side(self.split, images) | pad(words, self.pad_id)
+        return (image_side(self.split, images) | pad(words)
                 | {name: torch.from_numpy(index) for name, index in who.items()})
 
 
@@ -232,9 +235,9 @@ def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, Tensor]]:
         yield image_side(split, images) | {"image_index": torch.from_numpy(images)}
 
 
-def text_batches(words: list[np.ndarray], batch_size: int, pad_id: int = 0) -> Iterator[dict[str, Tensor]]:
+def text_batches(words: list[np.ndarray], batch_size: int) -> Iterator[dict[str, Tensor]]:
     """All captions, to encode them: word_ids, word_mask, caption_index [B]. Sorted by length, to save padding."""
     by_length = np.argsort([len(ids) for ids in words], kind="stable")
     for start in range(0, len(words), batch_size):
         captions = by_length[start : start + batch_size]
-        yield pad([words[caption] for caption in captions], pad_id) | {"caption_index": torch.from_numpy(captions)}
+        yield pad([words[caption] for caption in captions]) | {"caption_index": torch.from_numpy(captions)}

@@ -91,7 +91,7 @@ class Run:
         """What is left of the epoch, on the device. The batches depend on the seed and the epoch alone."""
         seed = (self.settings.run.seed, self.epoch)
         noise = data.CaptionNoise(self.tokenizer, chance) if (chance := self.settings.text.noise) else None
-        pairs = data.Pairs(self.splits["train"], self.words["train"], self.tokenizer.pad_token_id, noise, seed)
+        pairs = data.Pairs(self.splits["train"], self.words["train"], noise, seed)
         # A generator of the loader's own leaves the global one alone, on which an exact resume rests.
         loader = DataLoader(pairs, sampler=self.plan(self.epoch)[self.step :], batch_size=None,
                             num_workers=self.workers, pin_memory=self.device.type == "cuda",

@@ -61,7 +61,7 @@ def pairs(tokenizer):
 def test_pairs(pairs, tokenizer):
     split, words = pairs
     chosen = [6, 1, 3, 2]  # of the images 2, 1, 2, 1
-    batch = data.Pairs(split, words, pad_id=9)[chosen]
+    batch = data.Pairs(split, words)[chosen]
     assert {name: value.dtype for name, value in batch.items()} == {
         "regions": torch.float32, "boxes": torch.float32, "region_mask": torch.bool, "word_ids": torch.int64,
         "word_mask": torch.bool, "image_row": torch.int64, "image_index": torch.int64, "caption_index": torch.int64,
@@ -75,7 +75,7 @@ def test_pairs(pairs, tokenizer):
         assert torch.equal(batch["boxes"][row][:n], torch.from_numpy(box[0]))
         assert batch["region_mask"][row].sum() == n and batch["region_mask"][row][:n].all()
         ids = tokenizer(split.captions[caption])["input_ids"]
-        assert batch["word_ids"][place].tolist() == ids + [9] * (6 - len(ids))
+        assert batch["word_ids"][place].tolist() == ids + [0] * (6 - len(ids))
         assert batch["word_mask"][place].tolist() == [True] * len(ids) + [False] * (6 - len(ids))
 
 
@@ -99,14 +99,14 @@ def test_image_batches(pairs):
 
 def test_text_batches(pairs, tokenizer):
     split, words = pairs
-    batches = list(data.text_batches(words, 3, pad_id=9))
+    batches = list(data.text_batches(words, 3))
     order = [i for batch in batches for i in batch["caption_index"].tolist()]
     assert sorted(order) == list(range(7)) and [len(batch["word_ids"]) for batch in batches] == [3, 3, 1]
     lengths = [batch["word_mask"].sum(1).tolist() for batch in batches]
     assert sum(lengths, []) == sorted(sum(lengths, []))
     for batch in batches:
         for ids, mask, caption in zip(batch["word_ids"], batch["word_mask"], batch["caption_index"], strict=True):
-            assert ids[mask].tolist() == tokenizer(split.captions[caption])["input_ids"] and (ids[~mask] == 9).all()
+            assert ids[mask].tolist() == tokenizer(split.captions[caption])["input_ids"] and (ids[~mask] == 0).all()
             assert batch["word_ids"].shape[1] == batch["word_mask"].sum(1).max()
 
 
@@ -227,7 +227,7 @@ def test_noise_is_a_function_of_the_seed_the_epoch_and_the_batch(pieces):
     split = Split("train", captions, np.zeros(50, np.int64), Ragged(), ["0", "1", "2"], [None] * 3)
 
     def ids(*seed: int, first: int) -> list[int]:
-        pairs = data.Pairs(split, words, 0, data.CaptionNoise(pieces, 0.5), seed)
+        pairs = data.Pairs(split, words, data.CaptionNoise(pieces, 0.5), seed)
         return pairs[[first, *range(10, 40)]]["word_ids"][1:].flatten().tolist()
 
     assert ids(0, 1, first=7) == ids(0, 1, first=7)
@@ -239,7 +239,7 @@ def test_noisy_pairs_keep_their_order_and_their_images(pieces):
     captions = ["dog", "sand dog", "walking sand dogs", "sand sand"]
     words = data.tokenize(captions, pieces, longest=64)
     split = Split("train", captions, np.array([0, 1, 2, 2]), Ragged(), ["0", "1", "2"], [None] * 3)
-    plain, calm = (data.Pairs(split, words, 0, noise)[[3, 0, 2]]
+    plain, calm = (data.Pairs(split, words, noise)[[3, 0, 2]]
                    for noise in (None, data.CaptionNoise(pieces, 0.0)))
     assert plain.keys() == calm.keys() and all(torch.equal(plain[name], calm[name]) for name in plain)
     split.clip = np.arange(6, dtype=np.float32).reshape(3, 2)

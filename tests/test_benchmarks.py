@@ -80,7 +80,7 @@ def test_a_remembered_bert_gives_what_bert_gives(flags, tmp_path):
     bert, tokenizer = text_encoder(chosen)
     words = data.tokenize(["a dog runs", "a cat", "two men under the snow"], tokenizer, 32)
     remembered = arms.Remembered(bert, words, tmp_path / "words.npy")
-    batch = data.pad(words[::-1], 0)
+    batch = data.pad(words[::-1])
     given = {"input_ids": batch["word_ids"], "attention_mask": batch["word_mask"].long()}
     with torch.no_grad():
         expected, found = (model(**given).last_hidden_state for model in (bert.eval(), remembered))
