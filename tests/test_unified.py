@@ -159,7 +159,7 @@ def test_captions_in_groups_of_like_length_are_encoded_as_all_at_once():
 def test_the_keys_of_the_unified_model_are_its_coarse_vectors():
     model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
     momentum = user.MomentumContrast(model, 8, 20)
-    keys = train.momentum_keys(momentum, batch, *train.encode(momentum.encoder, batch, "float32", kind=user.USER))
+    keys = train.momentum_keys(momentum, batch, *train.encode(momentum.encoder, batch, "float32", coarse=True))
     images, texts = encoded(model, batch)
     assert torch.allclose(keys.text, texts.globals) and torch.allclose(keys.image, images.globals[batch["image_row"]])
 
