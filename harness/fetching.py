@@ -37,7 +37,7 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     root = data_root(settings)
     settings.run.data_root = str(root)
     regions, features = settings.pictures.regions, layouts.has_features(dataset, root)
-    if regions == "files" and not features:
+    if regions == "files" and not features and (check or dataset in scan_features.FOLDERS):
         scan_features.fetch_scan_features(dataset, root, quiet)
         features = True
     wanted = are_wanted(settings, root, features)
