@@ -135,13 +135,12 @@ def run_index(args: argparse.Namespace) -> None:
     address = qdrant.is_address(args.out)
     if args.approximate and not address:
         raise BadInput("--approximate is for an index in Qdrant: --out qdrant://HOST:PORT/NAME")
-    if not address:
-        args.out = index.place_of(args.out)  # before the data is loaded
+    place = args.out if address else index.place_of(args.out)  # before the data is loaded
     if args.images:
         if args.split:
             raise BadInput("--images FOLDER has no splits: give it without --split")
         run = open_run(args.run, args, None, with_data=False)
-        cache = args.run / "pushed.cache" if address else args.out.with_name(f"{args.out.name}.cache")
+        cache = args.run / "pushed.cache" if address else place.with_name(f"{place.name}.cache")
         settings = settings_.from_flat(settings_.flat(run.settings) | {
             "data_root": str(args.images), "skip_bad": args.skip_bad, "cache": str(cache)})
         run.split, run.words = pictures.of_folder(settings, args.run, run.device, args.workers, run.seen), []
@@ -170,7 +169,7 @@ def run_index(args: argparse.Namespace) -> None:
         push.push(args.out, identity, counts, encode_items, names, lengths if args.approximate else None)
     else:
         index.build(args.out, identity, counts, encode_items, names)
-    size = "" if address else f", {sum(file.stat().st_size for file in args.out.iterdir()) / 1e6:.1f} MB"
+    size = "" if address else f", {sum(file.stat().st_size for file in place.iterdir()) / 1e6:.1f} MB"
     print(f"index of {counts['image']} images and {counts['text']} captions{size}: {args.out}")
 
 
