@@ -375,7 +375,7 @@ def test_without_a_network_two_seconds_tell_what_to_fetch_and_where_to_put_it(tm
     start = time.perf_counter()
     refused(lambda: fetch.fetch(dataset, tmp_path / "data", quiet=True, free=lambda folder: 10**12),
             "no network", *files, str(tmp_path / "data"), "--dataset scenes")
-    assert time.perf_counter() - start < hub.WAIT + 0.5
+    assert time.perf_counter() - start < hub.WAIT + 2  # not the 30 of a hanging call
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,7 +54,7 @@ def test_a_name_that_nobody_looks_up_takes_two_seconds_at_most(monkeypatch):
     monkeypatch.setattr(hub.socket, "create_connection", hang)
     start = time.perf_counter()
     assert not hub.within_reach()
-    assert time.perf_counter() - start < hub.WAIT + 0.5
+    assert time.perf_counter() - start < hub.WAIT + 2  # not the 30 of a hanging call
     never.set()
 
 
