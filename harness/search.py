@@ -274,7 +274,7 @@ def picture_query(run: Searched, name: str) -> tuple[data.Split, int]:
     Raises BadInput if it is neither.
     """
     split, row, from_files = run.split, run.split.row_of(name), run.seen["regions"]["kind"] == "files"
-    if row is None and from_files:  # a path will do, as only its name counts
+    if row is None and from_files and Path(name).name in split.image_names:  # a path will do, only its name counts
         row = split.row_of(Path(name).name)
     if row is not None:
         return split, row

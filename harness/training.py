@@ -82,7 +82,7 @@ class Run:
                 torch.cuda.set_rng_state(self.last["cuda_rng"])
             if torchrun.number() == 0:
                 self.write_history()  # a kill may have come between the checkpoint and this file
-                settings_.write(self.out / "settings.json", self.settings)  # what --resume changed, as all of it fits
+                settings_.write(self.out / "settings.json", self.settings)  # what --resume changed: all of it fits
             self.started -= self.history[-1]["seconds"] if self.history else 0
             self.last = None  # it has the size of the model, the copy and the optimizer
         self.bar.update(self.epoch * self.steps_per_epoch + self.step)

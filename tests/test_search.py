@@ -59,13 +59,13 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
 @pytest.mark.usefixtures("undrawn")
 def test_an_index_of_other_captions_or_features_is_another_index(flags, root, tmp_path):
     """So that a build that was interrupted is not gone on with after the data has changed."""
-    data = Path(shutil.copytree(root, tmp_path / "data"))
-    flags[flags.index("--data-root") + 1] = str(data)
+    copy = Path(shutil.copytree(root, tmp_path / "data"))
+    flags[flags.index("--data-root") + 1] = str(copy)
     run, seen = str(tmp_path / "run"), []
     assert train.main([*flags, "--epochs", "1"]) == 0
-    captions, features = data / "dev_caps.txt", np.load(data / "dev_ims.npy")
+    captions, features = copy / "dev_caps.txt", np.load(copy / "dev_ims.npy")
     changes = (lambda: None, lambda: captions.write_text(captions.read_text().replace("a", "two", 1)),
-               lambda: np.save(data / "dev_ims.npy", features[::-1]))
+               lambda: np.save(copy / "dev_ims.npy", features[::-1]))
     for number, change in enumerate(changes):
         change()
         assert retrieve.main(["index", run, "--out", str(tmp_path / str(number))]) == 0
@@ -127,6 +127,6 @@ def test_a_picture_is_asked_for_by_its_name_or_row_and_a_file_is_that_file(tmp_p
     assert command_line.picture_query(run, str(other)) == (f"looked at {other}", 0)
     run.seen["regions"]["kind"] = "files"  # nobody can look at a picture as these files did
     assert command_line.picture_query(run, str(other)) == (split, 0)
-    for name in ("3", "-1", str(tmp_path / "c.png")):
+    for name in ("3", "-1", str(tmp_path / "c.png"), str(tmp_path / "2")):  # the last one is a path, not a row
         with pytest.raises(BadInput, match="by name or by row"):
             command_line.picture_query(run, name)
