@@ -244,6 +244,13 @@ def entropy_of_pooling(model, momentum, batch, settings, precision="float32", ne
     return loss
 
 
+def fewer_regions(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+    """The model's own loss on images that lack a fifth of their regions, drawn anew for each batch."""
+    mask = batch["region_mask"]
+    kept = mask & (torch.rand(mask.shape, device=mask.device) >= 0.2)
+    return train.batch_loss(model, momentum, dict(batch) | {"region_mask": kept}, settings, precision, negatives)
+
+
 def other_unified(model, momentum, batch, settings, precision="float32", negatives="hardest", change="") -> Tensor:
     """The unified model's loss with one change.
 
@@ -383,6 +390,7 @@ CHANGES = {
     "grid boxes": Change(to_run=grid_boxes),  # for the features of the budget "flickr8k"
     "hinge too": Change(loss_of=partial(other_unified, change="hinge")),
     "intra-modal term": Change(loss_of=partial(other_unified, change="intra")),
+    "fewer regions": Change(loss_of=fewer_regions),
     "distilled": Change("--distill 0.5"),  # the momentum copy teaches, on every level that InfoNCE trains
     "taught two-stage": Change(loss_of=partial(other_unified, change="taught two-stage")),
     # What this project does otherwise than USER's released code, undone:

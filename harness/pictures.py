@@ -19,7 +19,7 @@ from harness import models
 from harness.settings import Settings
 from sources import files, layouts, networks, photos
 from sources.extract import Cache, check_same, fill
-from sources.features import InMemory, Stored
+from sources.features import InMemory, OneArray, Stored
 from sources.files import BadInput
 
 
@@ -71,6 +71,17 @@ def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, dev
         if "clip" in caches:
             split.clip = caches["clip"].store.read("clip", rows["clip"][good])
     return found
+
+
+def check_regions(splits: dict[str, data.Split], wanted: int) -> None:
+    """Raises BadInput if an image has another number of regions than --fixed-regions says."""
+    for name, split in splits.items():
+        alike = isinstance(split.features, (InMemory, OneArray))  # then all images have as many as the first
+        for row in range(1 if alike else len(split.features)):
+            found = split.features.read([row])[0].shape[1]
+            if found != wanted:
+                raise BadInput(f"--fixed-regions {wanted}: image {row} of {name} has {found} regions; 0 takes any "
+                               "number of them")
 
 
 def of_folder(settings: Settings, run: Path, device: torch.device | str, workers: int, wanted: dict) -> data.Split:

@@ -222,9 +222,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
         folder.check_features(out, last, feature_dim)
         if last["train_data"] != train_data:
             raise BadInput(f"{out} was trained on other captions or features than those in {root or 'the scenes'} now")
-    fixed, found = settings.enhancement.fixed_regions, splits["train"].features.read([0])[0].shape[1]
-    if fixed not in (0, found):
-        raise BadInput(f"--fixed-regions {fixed}: the data has {found} regions an image; 0 takes any number of them")
+    if settings.enhancement.fixed_regions:
+        pictures.check_regions(splits, settings.enhancement.fixed_regions)
     model = models.build(settings, bert, feature_dim, (seen["clip"] or {}).get("dim", 0)).to(where)
     momentum, queue = None, settings.momentum.queue if settings.run.model != "tgdt" else 0
     if queue or settings.momentum.keep == "momentum":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from harness import pictures
 from sources import annotations, layouts, photos
 from sources.features import upright_size
 from sources.files import BadInput
@@ -283,6 +284,11 @@ def test_bottom_up_boxes_outside_their_picture(flickr):
     bad(lambda: split.features.read([1]), "1.npy", "40 pixels outside", "60 x 50")
     np.save(flickr / "features_36" / "bu_box" / "0.npy", np.zeros((2, 4)))
     bad(lambda: split.features.read([0]), "0.npy", "0 x 0")
+
+
+def test_fixed_regions_are_checked_for_each_image(flickr):
+    train = layouts.read("flickr8k", flickr, ("train",))
+    bad(lambda: pictures.check_regions(train, 2), "--fixed-regions 2: image 1 of train has 3 regions")
 
 
 def test_bottom_up_bad_files(flickr):

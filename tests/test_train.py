@@ -137,7 +137,7 @@ def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkey
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: there is no network") and "Flickr8k_Dataset.zip" in message
     refused([*flags, "--model", "user", "--queue", "3"], capsys, "--queue 3", "4")
-    refused([*flags, "--model", "user", "--fixed-regions", "36"], capsys, "--fixed-regions 36", "3")
+    refused([*flags, "--model", "user", "--fixed-regions", "36"], capsys, "--fixed-regions 36", "image 0 of train", "3")
 
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
