@@ -32,6 +32,7 @@ from harness.training import Run
 from sources import networks
 from sources.features import InMemory
 from sources.files import BadInput, write_whole
+from unified import Unified
 
 # ------------------------------------------------------------------------------------------------ other parts of a run
 
@@ -109,6 +110,37 @@ def grid_boxes(run: Run) -> Run:
 
     for split in run.splits.values():
         split.features.read = partial(with_boxes, split.features.read)
+    return run
+
+
+class OwnBranch(Unified):
+    """The fine level reads tokens of its own, from layers like those of the plain tokens that start with their weights.
+
+    The plain tokens stay what the coarse vectors are pooled from. Features and BERT serve both.
+    """
+
+    def encode_images(self, batch: dict) -> tgdt.Encoded:
+        whole, mask, own = super().encode_images(batch), batch["region_mask"], self.own
+
+        def embed(regions: Tensor) -> Tensor:
+            return own["project"](regions) + own["mlp_out"](own["mlp_norm"](own["mlp_in"](regions)).relu())
+
+        tokens = user.of_real_tokens(embed, batch["regions"], mask)
+        placed = tokens + self.geometry(tgdt.box_geometry(batch["boxes"]))
+        return whole._replace(tokens=tgdt.unit(self.fine_regions(placed, src_key_padding_mask=~mask)))
+
+    def encode_texts(self, batch: dict) -> tgdt.Encoded:
+        whole, mask = super().encode_texts(batch), batch["word_mask"]
+        states = self.bert(input_ids=batch["word_ids"], attention_mask=mask.long()).last_hidden_state
+        fine = self.fine_words(self.own["project_words"](states), src_key_padding_mask=~mask)
+        return whole._replace(tokens=tgdt.unit(fine[:, 1:-1]))
+
+
+def own_branch(run: Run) -> Run:
+    for model in copies(run):
+        model.__class__ = OwnBranch
+        model.own = nn.ModuleDict({name: copy.deepcopy(getattr(model, name))
+                                   for name in ("project", "mlp_in", "mlp_norm", "mlp_out", "project_words")})
     return run
 
 
@@ -387,6 +419,7 @@ CHANGES = {
     "no UTO": Change("--batch-weight 0 --queue 0"),
     "plain tokens alone": Change(loss_of=partial(other_unified, change="plain")),  # no fine level
     "fine tokens alone": Change(loss_of=partial(other_unified, change="tokens")),
+    "own branch": Change(to_run=own_branch),  # without a guide
     "grid boxes": Change(to_run=grid_boxes),  # for the features of the budget "flickr8k"
     "hinge too": Change(loss_of=partial(other_unified, change="hinge")),
     "intra-modal term": Change(loss_of=partial(other_unified, change="intra")),

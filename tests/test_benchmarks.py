@@ -54,7 +54,7 @@ def test_every_result_is_of_an_arm_and_every_table_prints(capsys):
 
 
 CHANGED = [arms.AS_RELEASED, "user, no queue, hinge, mean first", "user, stand-in for CLIP", "tgdt, fine alone, beside",
-           "unified, averaged, distilled, --fine-gradient 1, fewer regions", "user, no guide, averaged, entropy"]
+           "unified, averaged, own branch, fewer regions", "user, no guide, averaged, entropy"]
 
 
 @pytest.mark.parametrize("arm", CHANGED)
