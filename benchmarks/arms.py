@@ -489,6 +489,8 @@ CLAIMS = {
     "10 the copy's two-stage similarity teaches every level, or each level has its own teacher": (
         "unified, averaged, taught two-stage", "unified, averaged"),
     "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
+    "10 the fine level on tokens of its own, or on those of the coarse level": (
+        "unified, averaged, own branch", "unified, averaged"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
     # With BERT fine-tuned, and on the scenes, where the unified model's preset has a temperature of 0.01:
     "10 small preset: the unified model, or TGDT": ("unified", "tgdt"),
