@@ -32,7 +32,8 @@ def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, dev
     With it a network is loaded only if a picture is missing from the cache, and another network is refused.
 
     Returns {"regions": identity, "clip": identity or None}, which tell what the features were computed by. Raises
-    BadInput if a network cannot be loaded, and if pictures cannot be used (--skip-bad leaves these out).
+    BadInput if a network cannot be loaded, if pictures cannot be used (--skip-bad leaves these out), and if an image
+    has another number of regions than --fixed-regions says.
     """
     wanted, cache = wanted or {}, cache_folder(settings, folder)
     root = Path(settings.run.data_root or folder)
@@ -47,6 +48,7 @@ def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, dev
     found = {"regions": networks.SceneWindows.identity if scenes else {"kind": "files"}, "clip": None}
     found |= {name: each.identity for name, each in caches.items()}
     if not caches:
+        check_regions(splits, settings)
         return found
 
     bad = {name: {} for name in splits}  # of each split, row -> what is wrong with its picture
@@ -70,12 +72,14 @@ def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, dev
             split.features = Stored(caches["regions"].store, rows["regions"][good])
         if "clip" in caches:
             split.clip = caches["clip"].store.read("clip", rows["clip"][good])
+    check_regions(splits, settings)
     return found
 
 
-def check_regions(splits: dict[str, data.Split], wanted: int) -> None:
+def check_regions(splits: dict[str, data.Split], settings: Settings) -> None:
     """Raises BadInput if an image has another number of regions than --fixed-regions says."""
-    for name, split in splits.items():
+    wanted = settings.enhancement.fixed_regions
+    for name, split in splits.items() if wanted else ():
         alike = isinstance(split.features, (InMemory, OneArray))  # then all images have as many as the first
         for row in range(1 if alike else len(split.features)):
             found = split.features.read([row])[0].shape[1]
@@ -101,7 +105,10 @@ def of_folder(settings: Settings, run: Path, device: torch.device | str, workers
 
 
 def one(picture: Path | np.ndarray, settings: Settings, device: torch.device | str, wanted: dict) -> data.Split:
-    """A split of one picture without captions. Nothing is read from the cache or written to it."""
+    """A split of one picture without captions. Nothing is read from the cache or written to it.
+
+    Raises BadInput if the picture cannot be read, and if it has another number of regions than --fixed-regions says.
+    """
     split = data.Split("query", [], np.zeros(0, np.int64), None, [str(picture)], [picture])
     image = photos.read(picture)
     for name, make in makers_of_networks(settings, device).items():
@@ -113,6 +120,7 @@ def one(picture: Path | np.ndarray, settings: Settings, device: torch.device | s
         else:
             count = int(seen["count"][0])
             split.features = InMemory(str(picture), seen["regions"][:, :count], seen["boxes"][:, :count])
+    check_regions({split.name: split}, settings)
     return split
 
 

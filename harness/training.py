@@ -222,8 +222,6 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
         folder.check_features(out, last, feature_dim)
         if last["train_data"] != train_data:
             raise BadInput(f"{out} was trained on other captions or features than those in {root or 'the scenes'} now")
-    if settings.enhancement.fixed_regions:
-        pictures.check_regions(splits, settings.enhancement.fixed_regions)
     model = models.build(settings, bert, feature_dim, (seen["clip"] or {}).get("dim", 0)).to(where)
     momentum, queue = None, settings.momentum.queue if settings.run.model != "tgdt" else 0
     if queue or settings.momentum.keep == "momentum":

@@ -273,6 +273,8 @@ def test_any_picture_can_be_seen_as_a_scene_is(tmp_path):
     Image.fromarray(splits["val"].pictures[3]).save(tmp_path / "scene.png")
     alone = pictures.one(tmp_path / "scene.png", Settings(), "cpu", found)
     assert np.allclose(alone.features.read([0])[0], splits["val"].features.read([3])[0], atol=1e-6)
+    with pytest.raises(BadInput, match="--fixed-regions 2: image 0 of query has 36"):
+        pictures.one(tmp_path / "scene.png", make(dict(model="user", fixed_regions=2)), "cpu", found)
     split = data.Split("images", [], np.zeros(0, np.int64), None, ["scene.png"], [tmp_path / "scene.png"])
     pictures.prepare({"images": split}, make(dict(data_root=str(tmp_path))), tmp_path, wanted=found)
     assert np.allclose(split.features.read([0])[0], splits["val"].features.read([3])[0], rtol=1e-3)  # stored in float16

@@ -8,6 +8,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from harness import pictures
+from harness.settings import make
 from sources import annotations, layouts, photos
 from sources.features import upright_size
 from sources.files import BadInput
@@ -288,7 +289,8 @@ def test_bottom_up_boxes_outside_their_picture(flickr):
 
 def test_fixed_regions_are_checked_for_each_image(flickr):
     train = layouts.read("flickr8k", flickr, ("train",))
-    bad(lambda: pictures.check_regions(train, 2), "--fixed-regions 2: image 1 of train has 3 regions")
+    released = make(dict(data_root=str(flickr), model="user", fixed_regions=2))
+    bad(lambda: pictures.prepare(train, released, flickr), "--fixed-regions 2: image 1 of train has 3 regions")
 
 
 def test_bottom_up_bad_files(flickr):
