@@ -1,14 +1,14 @@
 """Data: what a split and a batch are, word pieces, caption noise, and which captions meet in a batch.
 
 Read beside both papers' experiments. An image is a set of regions, each with a feature vector and a box. A caption
-belongs to one image, and `image_of` (caption -> row of its image) says to which. Five captions an image are usual, but
-nothing here counts on it. Where the files come from is told in `sources/`; docs/symbols.md lists the papers' symbols.
+belongs to one image, and `image_of` (caption -> row of its image) says which one. Five captions per image are usual,
+but nothing here relies on that. `sources/` says where the files come from; docs/symbols.md lists the papers' symbols.
 
 A batch is a dictionary of tensors, for B captions and their I images, each image once:
 
     regions [I, R, F]   boxes [I, R, 4] in 0..1   region_mask [I, R] True for real regions   clip [I, E] with CGE only
     word_ids [B, W]     word_mask [B, W]          image_row [B], the row of `regions` that each caption belongs to
-    image_index [B]     caption_index [B]         the rows of the whole split, to tell true negatives from false ones
+    image_index [B]     caption_index [B]         rows of the whole split; image_index tells true negatives from false
 """
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
     root: the folder of the files. A "test" split is left out if the dataset has none. regions: "files" wants files of
     region features, "auto" takes them if they are there, any other word leaves `features` None. split_seed: how
     your own pictures are drawn into splits if their table does not say. Raises BadInput if a file is missing or wrong,
-    or if there is one picture alone to train on.
+    or if there is only one picture to train on.
     """
     if dataset == "scenes":
         return {name: load_scenes(name, regions) for name in splits}
@@ -208,15 +208,16 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     captions_of: dict[int, list[int]] = {}
     for caption in np.argsort(rng.permutation(len(image_of))).tolist():
         captions_of.setdefault(int(image_of[caption]), []).append(caption)
-    most = sorted(map(len, captions_of.values()))[-2:][0]  # the second most that an image has
-    each = min(captions_per_image, batch_size // 2, most)  # with fewer captions an image, a batch gets more images
+    counts = sorted(map(len, captions_of.values()))
+    most = counts[-2] if len(counts) > 1 else counts[0]  # the second most that an image has
+    each = min(captions_per_image, batch_size // 2, most)  # with fewer captions per image, a batch gets more images
 
     groups = []  # (round, image, the captions that it gives in this round)
     for image in sorted(captions_of):
         captions = captions_of[image][:most]
         groups += [(start // each, image, captions[start : start + each]) for start in range(0, len(captions), each)]
-    shuffle = rng.permutation(len(groups))
-    groups = [groups[at] for at in sorted(range(len(groups)), key=lambda at: (groups[at][0], shuffle[at]))]
+    groups = [group for _, group in sorted(zip(rng.permutation(len(groups)).tolist(), groups, strict=True))]
+    groups.sort(key=lambda group: group[0])  # by round; sort is stable, so a round stays in random order
 
     images = batch_size // each  # in a batch
     batches = [groups[start : start + images] for start in range(0, len(groups), images)]

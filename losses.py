@@ -55,7 +55,7 @@ def local_similarity(region_tokens: Tensor, region_mask: Tensor, word_tokens: Te
                      reduction: str = "sum") -> Tensor:
     """Late interaction: each word takes its most similar region (TGDT, local similarity).
 
-    region_tokens: [I, R, D] unit length, region_mask: [I, R] bool, at least one real region an image.
+    region_tokens: [I, R, D] unit length, region_mask: [I, R] bool, at least one real region per image.
     word_tokens:   [C, W, D] unit length, word_mask:   [C, W] bool.
     reduction:     "sum" over the caption's words is the paper's form. "mean" does not favour long captions.
     Returns [I, C]. Raises ValueError if `reduction` is another word. Padding never changes the result: padded words
@@ -179,8 +179,8 @@ def uto_queue(
     """The unified training objective on a queue, one direction, a mean over the queries (USER, UTO and momentum).
 
     queries: [B, D], embeddings of one modality. keys: [B, D], their true partners by the momentum encoder. queue:
-    [K, D], earlier keys, the negatives. All have unit length. positives: [B, K] bool, the keys that are no negatives of
-    a query. reward_floor: see `reward`. Returns a scalar. Gradients flow into the queries alone.
+    [K, D], earlier keys, the negatives. All have unit length. positives: [B, K] bool, the keys that must not count
+    as negatives of a query. reward_floor: see `reward`. Returns a scalar. Gradients flow into the queries alone.
     """
     negatives = soft_hinge(queries @ queue.detach().to(queries.dtype).T, positives, mu, gamma)
     return (negatives - reward((queries * keys.detach()).sum(1), reward_floor)).mean()
@@ -193,8 +193,8 @@ class Keys(NamedTuple):
     text: Tensor             # [B, D], the captions, by the momentum encoder
     image_queue: Tensor      # [K, D]
     text_queue: Tensor       # [K, D]
-    image_positives: Tensor  # [B, K] bool, the keys of image_queue that are no negatives of a caption
-    text_positives: Tensor   # [B, K] bool, the keys of text_queue that are no negatives of an image
+    image_positives: Tensor  # [B, K] bool, the keys of image_queue that are not negatives of a caption
+    text_positives: Tensor   # [B, K] bool, the keys of text_queue that are not negatives of an image
 
 
 def uto(
@@ -213,7 +213,7 @@ def uto(
     return loss + uto_queue(text_global, keys.image, keys.image_queue, mu, gamma, keys.image_positives, reward_floor)
 
 
-# ------------------------------------------------------------------------------------------ one loss a model
+# ------------------------------------------------------------------------------------------ one loss per model
 
 
 def contrast(
@@ -228,7 +228,7 @@ def contrast(
         return images.globals.new_zeros(())
 
     def levels(images, texts) -> list[Tensor]:
-        found = [images.globals[image_row] @ texts.globals.T]                                         # [B, B], as all
+        found = [images.globals[image_row] @ texts.globals.T]                       # each level is [B, B]
         for regions, words in ((images.plain, texts.plain), (images.tokens, texts.tokens)):
             if regions is not None:
                 found.append(local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row])

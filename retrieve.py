@@ -126,7 +126,7 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
 
     The best comes first. K is `shortlist`, or the size of the corpus if that is smaller. Without tokens, or with
     weight 0, the order of stage 1 stands. reduction: as in `losses.local_similarity`. local_of: another function for
-    `local_of_pairs`. Raises ValueError if corpus or shortlist are empty, or queries and corpus are of one kind.
+    `local_of_pairs`. Raises ValueError if corpus or shortlist is empty, or if both sides are of one kind.
     """
     if len(corpus) == 0 or shortlist < 1:
         raise ValueError(f"a shortlist of {shortlist} from a corpus of {len(corpus)} is empty, expected at least one")
@@ -200,7 +200,8 @@ def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
     """The rank of the best right answer of each query, 1 is first; [Q] long.
 
     scores [Q, N]. query_image [Q] and corpus_image, [N] or [Q, N], say which image a row belongs to; an answer is right
-    if they agree. Among equal scores the right answer ranks last, so a constant similarity scores nothing. A NaN loses.
+    if they agree. Among equal scores the right answer ranks last, so a constant similarity scores nothing. A NaN never
+    helps: a right answer that is NaN ranks last, and a wrong one counts as better than the right one.
     """
     right = query_image[:, None] == corpus_image
     truth = scores.masked_fill(~right | scores.isnan(), float("-inf")).amax(1, keepdim=True)

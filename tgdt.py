@@ -109,8 +109,8 @@ class TokenGuidedEncoder(nn.Module):
 class TGDT(nn.Module):
     """Both branches (TGDT, architecture). `bert` is a `BertModel` of transformers, already cut to its first layers.
 
-    region_width None stands for the paper's choice, the width of the features. `batch` has the names and shapes of
-    `data.Pairs`: regions [B, R, F], boxes [B, R, 4], region_mask [B, R]; word_ids and word_mask [B, W].
+    region_width 0 stands for the paper's choice, the width of the features. `batch` has the names and shapes of
+    `data.Pairs`: regions [I, R, F], boxes [I, R, 4], region_mask [I, R]; word_ids and word_mask [B, W].
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class TGDT(nn.Module):
         bert: nn.Module,
         feature_dim: int = 2048,
         dim: int = 1024,
-        region_width: int | None = None,
+        region_width: int = 0,
         region_layers: int = 4,
         local_layers: int = 2,
         global_layers: int = 2,
@@ -138,13 +138,13 @@ class TGDT(nn.Module):
         self.text_branch = TokenGuidedEncoder(bert.config.hidden_size, dim, *shape)
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
-        """globals [B, D]; tokens [B, R, D], one a region, without the image token; mask [B, R]."""
-        slots, mask = self.region_encoder(batch["regions"], batch["boxes"], batch["region_mask"])  # [B, 1 + R, width]
+        """globals [I, D]; tokens [I, R, D], one per region, without the image token; mask [I, R]."""
+        slots, mask = self.region_encoder(batch["regions"], batch["boxes"], batch["region_mask"])  # [I, 1 + R, width]
         globals_, tokens = self.image_branch(slots, mask)
         return Encoded(globals_, tokens[:, 1:], mask[:, 1:])
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
-        """globals [B, D]; tokens [B, W - 2, D], one a word piece, without [CLS] and [SEP]; mask [B, W - 2]."""
+        """globals [B, D]; tokens [B, W - 2, D], one per word piece, without [CLS] and [SEP]; mask [B, W - 2]."""
         mask = batch["word_mask"]
         slots = self.bert(input_ids=batch["word_ids"], attention_mask=mask.long()).last_hidden_state
         globals_, tokens = self.text_branch(slots, mask)

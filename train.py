@@ -11,7 +11,7 @@ Read beside both papers' experiments, the details of training; docs/symbols.md l
 
 --preset small (the default) fits a laptop, and --preset paper has the released sizes and rates. `--help` lists every
 setting. A run leaves a folder with settings.json, checkpoint.pt (the last state), best.pt (the best by validation
-rsum), history.jsonl (a line an epoch), metrics.json and pictures. Ctrl-C saves and stops, and --resume goes on from
+rsum), history.jsonl (one line per epoch), metrics.json and pictures. Ctrl-C saves and stops, and --resume goes on from
 there, on exactly the path that the uninterrupted run would have taken.
 """
 from __future__ import annotations
@@ -46,7 +46,7 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
     if len(groups) == 1:
         return encode_texts(batch)
     widths = [int(lengths[rows].max()) for rows in groups]
-    widths[-1] = batch["word_mask"].shape[1]  # so the result is as wide as the batch, also for a share of a batch
+    widths[-1] = batch["word_mask"].shape[1]  # so that the share of each GPU is as wide as the whole batch
     parts = [encode_texts({name: batch[name][rows, :width] for name in ("word_ids", "word_mask")})
              for rows, width in zip(groups, widths, strict=True)]
     back = order.argsort()
@@ -56,7 +56,7 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
 def pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:
     """Parts [b, w, ...], each with its own b and w -> [sum of the b, greatest w, ...], padded with zeros.
 
-    (`pad_sequence` does this too, but its backward pass copies the whole result once a row.)
+    (`pad_sequence` does this too, but its backward pass copies the whole result once per row.)
     """
     width = max(part.shape[1] for part in parts)
     return torch.cat([torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], 1)
@@ -68,7 +68,7 @@ def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share:
     """The I images and B captions of a batch. The network runs in mixed precision, the losses always in float32.
 
     share: calls the encoder with the batch. Another one lets several GPUs encode a part each, see harness/ranks.py.
-    coarse: by USER's encoders, which give the unified model's coarse vectors alone.
+    coarse: encode the coarse vectors only, by USER's encoders. The queues need no more.
     """
     kind = USER if coarse else type(model)
     encode_texts = partial(by_length, partial(kind.encode_texts, model))

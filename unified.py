@@ -29,8 +29,8 @@ def fine_level(dim: int, layers: int, heads: int, feedforward: int, dropout: flo
     """
     layer = nn.TransformerEncoderLayer(dim, heads, feedforward, dropout, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-    for layer in encoder.layers:
-        for last in (layer.self_attn.out_proj, layer.linear2):
+    for each in encoder.layers:
+        for last in (each.self_attn.out_proj, each.linear2):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
     return encoder
@@ -60,14 +60,14 @@ class Unified(USER):
         return self.fine_gradient * tokens + (1 - self.fine_gradient) * tokens.detach()
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
-        """globals [B, D]; tokens and plain tokens [B, R, D], one a region; mask [B, R]."""
-        tokens, mask = self.region_tokens(batch)                                                # [B, R, D]
-        placed = self.below(tokens) + self.geometry(box_geometry(batch["boxes"]))               # [B, R, D]
-        fine = self.fine_regions(placed, src_key_padding_mask=~mask)                            # [B, R, D]
+        """globals [I, D]; tokens and plain tokens [I, R, D], one per region; mask [I, R]."""
+        tokens, mask = self.region_tokens(batch)                                                # [I, R, D]
+        placed = self.below(tokens) + self.geometry(box_geometry(batch["boxes"]))               # [I, R, D]
+        fine = self.fine_regions(placed, src_key_padding_mask=~mask)                            # [I, R, D]
         return Encoded(unit(self.image_pool(tokens, mask)), unit(fine), mask, unit(tokens))
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
-        """globals [B, D]; tokens and plain tokens [B, W - 2, D], one a word piece, without [CLS] and [SEP]; mask."""
+        """globals [B, D]; tokens and plain tokens [B, W - 2, D], one per word piece, without [CLS] and [SEP]; mask."""
         tokens, mask = self.word_tokens(batch)                                                  # [B, W, D]
         fine = self.fine_words(self.below(tokens), src_key_padding_mask=~mask)                  # [B, W, D]
         return Encoded(unit(self.text_pool(tokens, mask)), unit(fine[:, 1:-1]), mask[:, 2:], unit(tokens[:, 1:-1]))

@@ -37,7 +37,7 @@ def of_real_tokens(layer: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
 
 
 def enhance(regions: Tensor, mask: Tensor, guide: Tensor, sharpness: float = 1.0) -> Tensor:
-    """Add the guide to each region, the more the better the region agrees with it (USER, semantic enhancement).
+    """Add the guide to each region; one that agrees more with it gets more of it (USER, semantic enhancement).
 
     a = l2norm(softmax over the real regions of sharpness * guide . region),  region' = region + a * guide.
     regions [B, R, F], mask [B, R] bool, guide [B, F] of unit length; sharpness is the paper's lambda.
@@ -52,8 +52,8 @@ class SelfGuidedEnhancement(nn.Module):
     """SGE: the mean region tells which regions matter, and their weighted sum is the guide (USER, SGE).
 
     feature_dim is F, sharpness the paper's lambda. BatchNorm takes its statistics over all real regions of the batch,
-    so that padding, order and the number of regions change nothing. The released code takes them separately for each
-    of 36 region slots; `fixed_regions=36` does the same for released weights (0: not).
+    so that padding and order change nothing, and images may have any number of regions. The released code takes them
+    separately for each of 36 region slots; `fixed_regions=36` does the same for released weights (0 turns it off).
     """
 
     def __init__(self, feature_dim: int, dropout: float = 0.4, sharpness: float = 1.0, fixed_regions: int = 0):
@@ -77,7 +77,7 @@ class SelfGuidedEnhancement(nn.Module):
         if self.fixed_regions and (regions.shape[1] != self.fixed_regions or not mask.all()):
             fewest, most = mask.sum(1).aminmax()
             found = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-            raise ValueError(f"this SGE wants exactly {self.fixed_regions} regions an image, found {found}")
+            raise ValueError(f"this SGE wants exactly {self.fixed_regions} regions per image, found {found}")
         mean = (regions * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)                      # [B, F]
         if self.fixed_regions:
             local = self.local_norm(self.local(regions))
@@ -132,7 +132,7 @@ class GeneralizedPooling(nn.Module):
         rate = torch.exp(torch.arange(0, self.width, 2, device=lengths.device) * (-math.log(10000) / self.width))
         angle = place[:, None] * rate
         sinusoids = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)                       # [longest, width]
-        # A batch has few different lengths, so the GRU runs once a length and not once a row.
+        # A batch has few different lengths, so the GRU runs once per length, not once per row.
         length, row = lengths.unique(return_inverse=True)
         inputs = sinusoids.to(self.score.weight.dtype).expand(len(length), -1, -1)              # [.., longest, width]
         inputs = pack_padded_sequence(inputs, length.cpu(), batch_first=True, enforce_sorted=False)
@@ -142,7 +142,7 @@ class GeneralizedPooling(nn.Module):
         return scores.masked_fill(place >= length[:, None], float("-inf")).softmax(1)[row]
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens [B, T, D], mask [B, T] bool with at least one real token a row -> [B, D]."""
+        """tokens [B, T, D], mask [B, T] bool with at least one real token per row -> [B, D]."""
         ordered = tokens.masked_fill(~mask[:, :, None], float("-inf")).sort(1, descending=True).values
         ordered = ordered.masked_fill(ordered == float("-inf"), 0)       # padding is last, and its weight is 0
         with torch.autocast(tokens.device.type, enabled=False):          # in half precision the softmax loses digits
@@ -153,7 +153,7 @@ class GeneralizedPooling(nn.Module):
 class USER(nn.Module):
     """Both branches (USER, encoders). `bert` is a `BertModel` of transformers, `guide` is SGE, CGE or None.
 
-    `batch` has the names and shapes of `data.Pairs`: regions [B, R, F], region_mask [B, R], for CGE also clip [B, E];
+    `batch` has the names and shapes of `data.Pairs`: regions [I, R, F], region_mask [I, R], for CGE also clip [I, E];
     word_ids and word_mask [B, W]. USER has no fine tokens: it encodes the coarse vector alone.
     """
 
@@ -189,7 +189,7 @@ class USER(nn.Module):
         return self.project_words(states), mask
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
-        """globals [B, D] of unit length; no tokens."""
+        """globals [I, D] of unit length; no tokens."""
         return Encoded(unit(self.image_pool(*self.region_tokens(batch))), None, None)
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
@@ -225,7 +225,7 @@ class Queue(nn.Module):
         self.end.copy_((self.end + len(keys)) % length)
 
     def positives(self, image_index: Tensor) -> Tensor:
-        """Keys that are no negatives of a query: those of its own image, and empty places. [B] long -> [B, K] bool."""
+        """Keys that are not negatives of a query: those of its own image, and empty places. [B] long -> [B, K] bool."""
         return (self.owner == image_index[:, None]) | (self.owner < 0)
 
 

@@ -74,7 +74,7 @@ def show_picture(axis: Axes, split: data.Split, row: int, color: str | None = No
     picture = split.picture(row)
     if picture is None:
         axis.text(0.5, 0.5, "\n".join(textwrap.wrap(split.image_names[row], 26)), ha="center", va="center",
-                  fontsize=7, color=QUIET)
+                  fontsize=7, color=QUIET, parse_math=False)
         axis.set(xlim=(0, 1), ylim=(0, 1))
     else:
         axis.imshow(picture)
@@ -94,7 +94,8 @@ def show_caption(axis: Axes, text: str, size: float = 9, width: int = 30) -> Non
     """Write a text, in lines of at most `width` characters."""
     axis.axis("off")
     lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width)]
-    axis.text(0.0, 0.5, "\n".join(lines), va="center", fontsize=size, transform=axis.transAxes)
+    axis.text(0.0, 0.5, "\n".join(lines), va="center", fontsize=size, transform=axis.transAxes,
+              parse_math=False)  # a $ in a caption is a dollar
 
 
 def retrieval(split: data.Split, images_found: torch.Tensor, captions_found: torch.Tensor,
@@ -120,7 +121,8 @@ def retrieval(split: data.Split, images_found: torch.Tensor, captions_found: tor
         for place, row in enumerate(found):
             color = RIGHT if split.image_of[row] == query else WRONG
             text = f"{place + 1}.  {textwrap.shorten(split.captions[row], 115)}"
-            axis.text(0.02, 0.9 - place * 0.2, text, fontsize=10, va="center", color=color, transform=axis.transAxes)
+            axis.text(0.02, 0.9 - place * 0.2, text, fontsize=10, va="center", color=color, transform=axis.transAxes,
+                      parse_math=False)
     figure.suptitle("A caption finds pictures, a picture finds captions (green: right, red: wrong)", y=0.9, fontsize=12)
     save(figure, path)
 
@@ -194,8 +196,8 @@ def found_images(split: data.Split, caption: str, rows: list[int], path: Path) -
     figure, axes = plt.subplots(1, len(rows), figsize=(2.4 * len(rows), 3), squeeze=False)
     for place, (axis, row) in enumerate(zip(axes[0], rows, strict=True), 1):
         show_picture(axis, split, row)
-        axis.set_title(f"{place}. {textwrap.shorten(split.image_names[row], 24)}", fontsize=8)
-    figure.suptitle(caption, fontsize=11)
+        axis.set_title(f"{place}. {textwrap.shorten(split.image_names[row], 24)}", fontsize=8, parse_math=False)
+    figure.suptitle(caption, fontsize=11, parse_math=False)
     save(figure, path)
 
 

@@ -128,7 +128,7 @@ def parser(shown: settings.Settings) -> Parser:
     other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     other.add_argument("--fetch-only", action="store_true", help="fetch data and networks, and stop")
-    other.add_argument("--quiet", action="store_true", help="no progress bar, no line an epoch")
+    other.add_argument("--quiet", action="store_true", help="no progress bar, no line after an epoch")
     other.add_argument("--log", choices=("tensorboard", "wandb"), help="send history.jsonl there too, if installed")
     other.add_argument("--print-settings", action="store_true", help="print what the flags amount to, and exit")
     other.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
@@ -213,12 +213,12 @@ def search_parser() -> Parser:
     query = three.add_mutually_exclusive_group(required=True)
     query.add_argument("caption", nargs="?", help="a caption to find pictures for")
     query.add_argument("--queries", type=path, metavar="FILE",
-                       help="a file of captions, one a line; - reads standard input")
+                       help="a file of captions, one on each line; - reads standard input")
     query.add_argument("--image", metavar="FILE",
                        help="a picture to find captions for: one of the split's, by name or row; or, for a run that "
                        "was trained on pictures or on scenes, any file")
     three.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
-    three.add_argument("--json", action="store_true", help="a line of JSON a query, for programs")
+    three.add_argument("--json", action="store_true", help="one line of JSON per query, for programs")
     three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found")
     three.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
     four = commands.add_parser("page", parents=[shared], help="search in a browser (needs Gradio)",

@@ -84,8 +84,9 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Encode, nam
 def place_of(out: Path) -> Path:
     """Where `out` leads to. Raises BadInput if something else is there, or the folder around it cannot be written."""
     place = Path(os.path.realpath(out))
-    if os.path.lexists(place) and not (place / "manifest.json").is_file():
-        raise BadInput(f"{out}: there already, and no index (it has no manifest.json): give another --out")
+    missing = [name for name in ("manifest.json", "names.json", "image.globals") if not (place / name).is_file()]
+    if os.path.lexists(place) and missing:  # an index that is replaced is deleted, and nothing else may be
+        raise BadInput(f"{out}: there already, and no index (it has no {missing[0]}): give another --out")
     check_folder(place.parent)
     return place
 

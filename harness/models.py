@@ -84,7 +84,7 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
         raise BadInput(f"--region-width 0 is the width of the features, {feature_dim}: expected a multiple of the "
                        f"{shape.heads} heads; give another --region-width or other --heads")
     return tgdt.TGDT(
-        bert, feature_dim, shape.dim, shape.region_width or None, shape.region_layers, shape.local_layers,
+        bert, feature_dim, shape.dim, shape.region_width, shape.region_layers, shape.local_layers,
         shape.global_layers, shape.heads, shape.feedforward, shape.dropout,
     )
 

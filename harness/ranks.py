@@ -1,4 +1,4 @@
-"""Several processes train one model, one a GPU. `torchrun` starts them, and calls each of them a rank.
+"""Several processes train one model, one on each GPU. `torchrun` starts them, and calls each of them a rank.
 
 Every rank holds the whole model and reads the whole batch. A step goes like this:
 

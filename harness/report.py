@@ -16,7 +16,6 @@ from harness import engines, figures
 from harness.settings import Settings
 from retrieve import Embeddings
 from sources.files import write_json
-from sources.scenes import Scenes
 from sources.windows import overlap
 
 # ------------------------------------------------------------------------------------------------ a whole split
@@ -40,7 +39,9 @@ def measure(model: nn.Module, split: data.Split, words: list[np.ndarray], settin
     if settings.run.dataset == "coco" and exhaustive and len(images) == 5000:
         result["folds_1k"] = five_folds(images, texts, split.image_of, **options)
     if split.truth is not None and exhaustive and texts.tokens is not None:
-        result["alignment"] = alignment(images, texts, split.image_of, split.truth)
+        one_piece = settings.text.text_encoder == "from-scratch"  # other tokenizers may split a word
+        if one_piece and (found := alignment(images, texts, split)):
+            result["alignment"] = found
     return {"split": split.name, "images": len(images), "captions": len(texts), **result}, images, texts
 
 
@@ -82,22 +83,27 @@ def shortlists(images: Embeddings, texts: Embeddings, image_of: Sequence[int], l
     return lines
 
 
-def alignment(images: Embeddings, texts: Embeddings, image_of: Sequence[int], truth: Scenes) -> dict:
+def alignment(images: Embeddings, texts: Embeddings, split: data.Split) -> dict | None:
     """Does a word look at what it names? The scenes know which words name which objects.
 
     A word is aligned if its most similar region lies on its object. Returns the percentage of aligned words, the
-    percentage for a random region ("chance"), and the number of words.
+    percentage for a random region ("chance"), and the number of words. Words that `--longest` cut off do not count;
+    None if no word is left.
     """
     images, texts = images.to("cpu"), texts.to("cpu")  # many small steps
     hits, chance = [], []
-    for caption, named in enumerate(truth.word_objects):
-        image = int(image_of[caption])
+    for caption, named in enumerate(split.truth.word_objects):
+        image = int(split.image_of[caption])
         words = texts.tokens_of(torch.tensor([caption]))                                            # [W, D]
         best = (words @ images.tokens_of(torch.tensor([image])).T).argmax(1).numpy()                # [W]
-        on_object = lies_on(truth.boxes[image], truth.object_boxes[image])                          # [R, O] bool
+        _, boxes, mask = split.features.read([image])
+        on_object = lies_on(boxes[0][mask[0]], split.truth.object_boxes[image])                     # [R, O] bool
         for word, thing in named:
-            hits.append(on_object[best[word], thing])
-            chance.append(on_object[:, thing].mean())
+            if word < len(best):
+                hits.append(on_object[best[word], thing])
+                chance.append(on_object[:, thing].mean())
+    if not hits:
+        return None
     return {"aligned": 100 * float(np.mean(hits)), "chance": 100 * float(np.mean(chance)), "words": len(hits)}
 
 

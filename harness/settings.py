@@ -1,10 +1,10 @@
-"""The settings: one small dataclass a group, one line a setting; then the checks.
+"""The settings: one small dataclass per group, one line per setting; then the checks.
 
     name: Annotated[type, help, (lowest, highest)] = default
 
 The type is a plain one, or Literal with all choices. Every number has a range, which includes both ends. No two groups
 share a name, and `train.py` has a flag for each. The defaults are the released configuration of TGDT on Flickr30K, and
-of USER for what only USER has. `presets.py` says what each preset changes.
+of USER for what only USER has, except --guide. `presets.py` says what each preset changes.
 """
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -125,7 +125,7 @@ class Training:
     """Training"""
 
     epochs: Annotated[int, "passes over the training captions", (1, 10_000)] = 60
-    batch_size: Annotated[int, "captions a batch, at most", (2, 16_384)] = 30
+    batch_size: Annotated[int, "captions in a batch, at most", (2, 16_384)] = 30
     captions_per_image: Annotated[int, "captions of an image that share a batch", (1, 1000)] = 1
     easy_epochs: Annotated[int, "first epochs, in which CMC takes the mean negative, not the hardest", (0, 10_000)] = 0
     lr: Annotated[float, "peak learning rate", (1e-9, 10)] = 1e-5
@@ -281,5 +281,5 @@ def read(path: Path) -> Settings:
 
 
 def write(path: Path, settings: Settings) -> None:
-    """Write the settings as JSON, one object a group."""
+    """Write the settings as JSON, one object per group."""
     write_json(path, asdict(settings))

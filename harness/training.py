@@ -256,7 +256,8 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
         first, quiet = torchrun.number() == 0, options.quiet or torchrun.number() > 0
         if options.resume:
             settings = folder.resumed_settings(out, given)
-        elif first and any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt")):
+        elif first and any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt",
+                                                             "tokenizer")):
             raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
         try:
             with torchrun.first_alone():  # it fetches and computes; the others then find it done

@@ -150,15 +150,16 @@ def read_table(path: Path, split_seed: int) -> list[Entry]:
 
 
 def draw_splits(names: list[str], seed: int) -> dict[str, str]:
-    """About a tenth of the pictures goes to val, as many to test, the rest to train. Each split gets at least one.
+    """About a tenth of the pictures goes to val, as many to test, the rest to train. val and test get at least
+    one, and train at least two.
 
     A hash gives each picture a number from 0 to 1, so it keeps its split when others come or go.
     """
     hashes = {name: hashlib.sha256(f"{seed}:{name}".encode(errors="replace")).hexdigest() for name in names}
     numbers = {name: int(digits, 16) / 2**256 for name, digits in hashes.items()}
     order = sorted(names, key=numbers.get)
-    val_end = min(max(bisect_left(order, 0.1, key=numbers.get), 1), len(names) - 2)
-    test_end = min(max(bisect_left(order, 0.2, key=numbers.get), val_end + 1), len(names) - 1)
+    val_end = min(max(bisect_left(order, 0.1, key=numbers.get), 1), len(names) - 3)
+    test_end = min(max(bisect_left(order, 0.2, key=numbers.get), val_end + 1), len(names) - 2)
     splits = ["val"] * val_end + ["test"] * (test_end - val_end) + ["train"] * (len(names) - test_end)
     return dict(zip(order, splits, strict=True))
 

@@ -233,6 +233,17 @@ def test_a_manifest_of_another_shape_is_told(sides, tmp_path, change):
         index.load(tmp_path / "index")
 
 
+def test_a_folder_of_something_else_is_left_alone(sides, tmp_path):
+    """A web app has a manifest.json, too."""
+    page = tmp_path / "app"
+    page.mkdir()
+    (page / "manifest.json").write_text("{}")
+    (page / "index.html").write_text("mine")
+    with pytest.raises(BadInput, match="app: there already, and no index .it has no names.json"):
+        build(page, sides)
+    assert (page / "index.html").read_text() == "mine"
+
+
 def test_an_index_is_written_where_a_link_leads_to(sides, tmp_path):
     """A link may point to a larger disk, also to a folder that is not there yet."""
     (tmp_path / "link").symlink_to(tmp_path / "large")

@@ -475,8 +475,10 @@ def test_a_picture_keeps_its_split_when_others_come():
     assert few == {name: many[name] for name in names[::2]}
     counts = Counter(many.values())
     assert 160 < counts["val"] < 240 and 160 < counts["test"] < 240
-    for seed in range(200):
-        assert set(annotations.draw_splits(names[:4], seed).values()) == {"train", "val", "test"}
+    for seed in range(200):  # of few pictures, train gets two, to tell them apart
+        for count in (4, 5, 6):
+            counts = Counter(annotations.draw_splits(names[:count], seed).values())
+            assert counts["train"] >= 2 and counts["val"] >= 1 and counts["test"] >= 1
 
 
 def test_only_line_ends_end_a_line_of_a_table(tmp_path):

@@ -1,12 +1,16 @@
-"""The report of a run: five folds, and what a word looks at."""
+"""The report of a run: five folds, what a word looks at, and dollars in a picture."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import unit
 
+import data
 import retrieve
-from harness import report
+from harness import figures, report
 from retrieve import Embeddings
+from sources.features import InMemory
 
 
 def test_five_folds_are_the_mean_of_their_parts():
@@ -29,3 +33,25 @@ def test_a_region_lies_on_an_object():
         [0.6, 0.6, 0.9, 0.9],    # elsewhere
     ])
     assert report.lies_on(boxes, objects)[:, 0].tolist() == [True, True, False, True, False]
+
+
+def test_words_are_aligned_with_the_regions_that_the_model_saw():
+    """Two regions, the second on the object. A caption of three words is cut to two; the last one names it too."""
+    boxes = np.array([[[0, 0, 0.1, 0.1], [0.5, 0.5, 0.9, 0.9]]], np.float32)
+    truth = SimpleNamespace(word_objects=[[(0, 0), (1, 0), (2, 0)]], object_boxes=[np.array([[0.5, 0.5, 0.9, 0.9]])])
+    split = data.Split("test", ["a b c"], np.array([0]), InMemory("", np.eye(2)[None], boxes), ["0"], [None], truth)
+    images = Embeddings("image", unit(1, 2, seed=0), torch.eye(2)[None], torch.ones(1, 2, dtype=torch.bool))
+    texts = Embeddings("text", unit(1, 2, seed=0), torch.eye(2)[None], torch.ones(1, 2, dtype=torch.bool))
+    assert report.alignment(images, texts, split) == {"aligned": 50.0, "chance": 50.0, "words": 2}
+    truth.word_objects = [[(2, 0)]]
+    assert report.alignment(images, texts, split) is None
+
+
+@pytest.mark.parametrize("text", ["from $5 to $6", "#1: $5, #2: $6", "$\\frac$"])
+def test_a_dollar_in_a_caption_or_a_name_is_a_dollar(tmp_path, text):
+    split = data.Split("test", [text] * 5, np.array([0] * 5), None, [text], [None])
+    figures.found_images(split, text, [0], tmp_path / "a.png")
+    figures.found_captions(None, [text], tmp_path / "b.png")
+    one, five = torch.tensor([0]), torch.zeros(1, 5, dtype=torch.long)
+    figures.retrieval(split, five, five, one, one, tmp_path / "c.png")
+    assert len(list(tmp_path.iterdir())) == 3

@@ -278,6 +278,13 @@ def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "settings.json")
 
 
+def test_a_run_that_cannot_start_deletes_nothing_of_others(flags, tmp_path, capsys):
+    mine = tmp_path / "run" / "tokenizer" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    refused([*flags, "--data-root", str(tmp_path / "nowhere")], capsys)  # compares the folder before and after
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_resume_wants_a_run_and_the_features_it_was_trained_on(flags, root, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "no run here")
