@@ -37,7 +37,8 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     root = data_root(settings)
     settings.run.data_root = str(root)
     regions, features = settings.pictures.regions, layouts.has_features(dataset, root)
-    if regions == "files" and not features and (check or dataset in scan_features.FOLDERS):
+    begun = dataset in scan_features.FOLDERS and (root / scan_features.FOLDERS[dataset]).is_dir()
+    if regions == "files" and (check and begun or not features and (check or dataset in scan_features.FOLDERS)):
         scan_features.fetch_scan_features(dataset, root, quiet)
         features = True
     wanted = are_wanted(settings, root, features)

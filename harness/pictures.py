@@ -6,6 +6,7 @@ with --guide clip it also gives all splits their CLIP embeddings. The work itsel
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -198,7 +199,7 @@ def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], ski
         way = "remove them from the data, or leave them out by --skip-bad" if from_pictures else "or take --guide self"
         raise BadInput(f"{report}, the first is {messages[0]}. All are listed in {path}. Repair them, {way}. "
                        "What was computed of the others is kept")
-    print(f"{report} and are left out, listed in {path}")
+    print(f"{report} and are left out, listed in {path}", file=sys.stderr)
     for name, split in splits.items():
         good = np.array([row not in bad[name] for row in range(len(split.pictures))])
         if good.sum() < (needed := 2 if name == "train" else 1):

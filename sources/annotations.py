@@ -173,6 +173,8 @@ def csv_lines(path: Path) -> list[tuple[str, dict]]:
         reader.fieldnames = titles = [title.strip().lower() for title in reader.fieldnames or []]
     if not {"file", "caption"} <= set(titles):
         raise BadInput(f"{path}, line 1: found {', '.join(titles) or 'nothing'}, expected titles: file, caption")
+    if twice := [title for title in ("file", "caption", "split") if titles.count(title) > 1]:
+        raise BadInput(f"{path}, line 1: two columns are called {twice[0]}, expected one caption on each line")
     lines = []
     while True:
         with explained(f"{path}, line {reader.line_num + 1}", "comma-separated values"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ class Cache:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"another program is looking at these pictures, waiting for it ({lock.lock_file})")
+            print(f"another program is looking at these pictures, waiting for it ({lock.lock_file})", file=sys.stderr)
             lock.acquire()
         try:
             self.store = Store(self.folder, self.key, self.arrays)

@@ -160,7 +160,7 @@ class Stored:
 def upright_size(picture: Path) -> tuple[int, int]:
     """Width and height of a picture, turned as its EXIF data say. Pixels are decoded only if it has to be turned."""
     image = Image.open(picture)
-    turned = image.getexif().get(photos.ORIENTATION) in (5, 6, 7, 8)
+    turned = photos.orientation(image) in (5, 6, 7, 8)
     return photos.upright(image).size if turned else image.size
 
 

@@ -81,7 +81,7 @@ def free_bytes(folder: Path) -> int:
 def finished(dataset: str, root: Path) -> bool:
     """Whether `root` has the captions and pictures of the dataset, with no archive and no broken fetch beside them.
 
-    This is a quick look: of the pictures that the start of the JSON names, one is enough.
+    This is a quick look: one of the pictures that the start of the JSON names is enough, and one of each archive.
     """
     path = annotations.find(root, f"dataset_{dataset}.json")
     unfinished = [WORK, *(address.name for addresses in SOURCES[dataset].pictures.values() for address in addresses)]
@@ -90,7 +90,9 @@ def finished(dataset: str, root: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(100_000).decode(errors="replace")
     names = set(re.findall(r'"filename": *"([^"/\\]+)"', start))
-    return not names or any(path.name in names for path in root.rglob("*"))
+    there = {path.name for path in root.rglob("*")}
+    each = all(any(name.startswith(start) for name in there) for start in SOURCES[dataset].pictures)
+    return each and (not names or not names.isdisjoint(there))
 
 
 def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool = False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -192,6 +193,11 @@ def read_pictures(root: Path, entries: list[Entry], splits: Sequence[str],
             if first.split != name:
                 raise BadInput(f"{entry.where}: {entry.file[1]} has split {name} here, but split {first.split} in "
                                f"{first.where}")
+            if first is not entry:
+                raise BadInput(f"{entry.where}: {entry.file[1]} is in {first.where} already, expected one entry with "
+                               "all captions of a picture")
         files = ManyFiles(features, [e.id for e in own], [e.size for e in own], pictures) if features else None
-        found[name] = Listing(captions, image_of, files, [entry.file[1] for entry in own], pictures)
+        often = Counter(entry.file[1] for entry in own)  # a name that occurs twice gets its folder in front
+        names = [entry.file[1] if often[entry.file[1]] == 1 else "/".join(entry.file) for entry in own]
+        found[name] = Listing(captions, image_of, files, names, pictures)
     return found

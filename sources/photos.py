@@ -16,7 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from sources.files import BadInput, explained
 
-FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "train2014", "val2014")
+FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset", "train2014", "val2014")
 ENOUGH = 1600  # pixels of a side: twice what any network here looks at
 MOST_PIXELS, MOST_BYTES = 100_000_000, 1_000_000_000  # of one picture
 NO_PICTURES = {".eps", ".h5", ".hdf", ".mpeg", ".mpg", ".palm", ".pdf", ".ps"}  # Pillow lists them too
@@ -73,10 +73,18 @@ def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF data say. No other EXIF tag is looked at, so a malformed one does no harm."""
+    """A picture turned as its EXIF data say. Malformed EXIF data do no harm, because only this tag is looked at."""
     image.load()  # turns a TIFF
-    turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    turn = UPRIGHT.get(orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int | None:
+    """The EXIF tag that says how to turn a picture; None if there is none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # Pillow raises many kinds for malformed EXIF data
+        return None
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
@@ -102,8 +110,11 @@ def listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with pictures")
     endings = Image.registered_extensions().keys() - NO_PICTURES
-    found = sorted(Path(at, name) for at, _, names in os.walk(folder, onerror=stop) for name in names
-                   if Path(name).suffix.lower() in endings and not name.startswith("."))
+    found = []
+    for at, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails, the trash
+        found += [Path(at, name) for name in names if Path(name).suffix.lower() in endings and not name.startswith(".")]
+    found.sort()
     if not found:
         raise BadInput(f"{folder}: no pictures in it or in its subfolders")
     for name in (str(path.relative_to(folder)) for path in found):
@@ -123,7 +134,7 @@ def find(root: Path, names: Sequence[tuple[str, str] | None]) -> list[Path | Non
     def place(folder: str, name: str) -> Path | None:
         for form in ("", "NFC", "NFD"):
             file = unicodedata.normalize(form, name) if form else name
-            for path in (root / folder / file, *(folder / file for folder in usual)):
+            for path in (root / folder / file, *(at / folder / file for at in usual), *(at / file for at in usual)):
                 if path.is_file():
                     return path
         return None

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,8 @@ def load_classifier(name: str, weights: str) -> Classifier:
         raise BadInput(f"--region-network {name}: its last feature map is not known here. Take a network whose pooling "
                        "is called avgpool, such as resnet50, efficientnet_b0, convnext_tiny or regnet_y_400mf")
     fill(net, state, name, file)
+    if hasattr(net, "transform_input"):  # GoogLeNet and Inception have learnt from pixels of another scale
+        net.transform_input = True
     pixels = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     return Classifier(name, net, input_of_avgpool, pixels.mean, pixels.std)
 
@@ -102,7 +105,7 @@ def find(name: str, weights: str, models: ModuleType, expected: str) -> Path:
         if not hub.within_reach(chosen.url):  # PyTorch would wait much longer
             raise OSError("no network")
         place.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {chosen.url} to {place}")
+        print(f"downloading {chosen.url} to {place}", file=sys.stderr)
         torch.hub.download_url_to_file(chosen.url, str(place), hash_prefix=place.stem.rsplit("-", 1)[1])
         return place
     except (OSError, RuntimeError) as error:

@@ -147,7 +147,7 @@ def test_a_second_program_waits_for_the_first_and_computes_nothing_twice(root, s
             assert second_waits.wait(20)
             return super().look(batch)
 
-    def told(message: str) -> None:
+    def told(message: str, file) -> None:
         assert message.startswith("another program is looking at these pictures")
         second_waits.set()
 
@@ -213,7 +213,7 @@ def test_bad_pictures_are_reported_after_all_others_are_safe(root, seen, capsys)
     assert len(listed) == 2 and "1.png" in listed[0] and "nowhere é.png: no such picture" in listed[1]
     assert len(seen) == 4
     found = run(root, names, skip_bad=True)
-    assert "2 of 6" in capsys.readouterr().out and len(seen) == 4
+    assert "2 of 6" in capsys.readouterr().err and len(seen) == 4
     assert found.image_names == ["0.png", "2.png", "3.png", "4.png"] and len(found.pictures) == 4
     assert np.allclose(features(found), [colour(root / name) for name in found.image_names])
     assert found.captions == [f"{name} {i}" for name in found.image_names for i in range(2)]
@@ -362,8 +362,9 @@ def test_a_picture_more_is_a_picture_more_in_the_index(flags, own, weights, tmp_
     look = networks.Grid.look
     monkeypatch.setattr(networks.Grid, "look", lambda *given: looked.append(len(given[1]["pixels"])) or look(*given))
     assert retrieve.main(["index", run, "--images", str(own), "--out", index, "--skip-bad"]) == 0
-    out = capsys.readouterr().out
-    assert "1 of 22 pictures" in out and "21 images" in out and sum(looked) == 0  # the new one was kept before
+    said = capsys.readouterr()
+    assert "1 of 22 pictures" in said.err and "21 images" in said.out
+    assert sum(looked) == 0  # the new one was kept before
     monkeypatch.chdir(index)
     assert retrieve.main(["index", run, "--images", str(own), "--out", ".", "--skip-bad"]) == 0
 

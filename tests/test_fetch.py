@@ -265,6 +265,9 @@ def test_a_folder_with_captions_alone_is_not_finished(tmp_path, server):
     server.files.clear()
     (tmp_path / "dataset_coco.json").write_bytes(content["dataset_coco.json"])
     assert not fetch.finished("coco", tmp_path)
+    for name in re.findall(r"COCO_val2014_\w+.jpg", content["dataset_coco.json"].decode()):
+        (tmp_path / name).touch()
+    assert not fetch.finished("coco", tmp_path)  # val2014 alone
     for name in ("train2014.zip", "val2014.zip"):
         (tmp_path / name).write_bytes(content[name])
     fetch.fetch("coco", tmp_path, source)

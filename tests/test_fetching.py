@@ -9,7 +9,7 @@ import pytest
 
 import train
 from harness import fetching, models, pictures, settings
-from sources import fetch, hub, layouts, networks
+from sources import fetch, hub, layouts, networks, scan_features
 from sources.files import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +57,16 @@ def test_features_do_not_replace_the_pictures_that_clip_looks_at(root, tmp_path,
     monkeypatch.setattr(fetch, "finished", lambda dataset, folder: folder == root)  # now they are there
     fetching.find_data(settings.make(plain | {"guide": "clip"}), False, False)
     assert capsys.readouterr().err == ""
+
+
+def test_fetch_only_completes_a_folder_with_some_features(tmp_path, monkeypatch):
+    (tmp_path / "f30k_precomp").mkdir()
+    (tmp_path / "f30k_precomp" / "test_caps.txt").write_text("a dog\n" * 5)
+    asked = []
+    monkeypatch.setattr(scan_features, "fetch_scan_features", lambda dataset, *others: asked.append(dataset))
+    chosen = settings.make({"dataset": "flickr30k", "data_root": str(tmp_path), "regions": "files"})
+    fetching.find_data(chosen, True, True)
+    assert asked == ["flickr30k"]
 
 
 def test_pictures_beside_bottom_up_files_are_enough_for_clip(tmp_path, monkeypatch):

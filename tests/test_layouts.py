@@ -514,6 +514,7 @@ def test_tables_as_other_programs_write_them(tmp_path):
     ("file,caption,split\n1.jpg,a dog,train\n1.jpg,a cat,val", ["line 3", "1.jpg", "split val", "train above"]),
     ("file,caption,split\n1.jpg,a dog,train\n2.jpg,a cat,", ["line 3", "no split"]),
     ("file,caption\n1.jpg,a dog", ["1 pictures", "at least 4"]),
+    ("file,caption,Caption\n1.jpg,a dog,a hound", ["line 1", "two columns are called caption"]),
 ])
 def test_bad_tables(tmp_path, text, expected):
     bad(lambda: own(tmp_path, text), "captions.csv", *expected)
@@ -523,6 +524,15 @@ def test_bad_tables(tmp_path, text, expected):
 def test_bad_lines(tmp_path, line):
     lines = '{"file": "1.jpg", "caption": "a"}\n' + line
     bad(lambda: own(tmp_path, lines, "captions.jsonl"), "captions.jsonl", "line 2")
+
+
+def test_a_picture_has_one_entry_and_a_name_of_its_own(tmp_path):
+    images = [karpathy_image("1.jpg", "train", ["a cat"], filepath="cats"),
+              karpathy_image("1.jpg", "train", ["a dog"], filepath="dogs"), karpathy_image("2.jpg", "train", ["a cow"])]
+    write_json(tmp_path / "dataset_own.json", {"images": images})
+    assert layouts.read("folder", tmp_path, ("train",))["train"].image_names == ["cats/1.jpg", "dogs/1.jpg", "2.jpg"]
+    write_json(tmp_path / "dataset_own.json", {"images": images + images[1:2]})
+    bad(lambda: layouts.read("folder", tmp_path, ("train",)), "1.jpg is in", "all captions of a picture")
 
 
 def test_no_table_or_too_many(tmp_path):

@@ -90,6 +90,10 @@ def test_a_picture_is_turned_upright_whatever_else_its_exif_data_hold(tmp_path):
     turned.save(tmp_path / "side.jpg", exif=b"Exif\0\0" + block, quality=95)
     image = photos.read(tmp_path / "side.jpg")
     assert image.size == (40, 20) and near(image, (0.2, 0.5), RED) and near(image, (0.8, 0.5), GREEN)
+    halves().save(tmp_path / "broken.png", exif=b"Exif\0\0no TIFF header")
+    with pytest.raises(SyntaxError, match="TIFF"):
+        Image.open(tmp_path / "broken.png").getexif()
+    assert photos.read(tmp_path / "broken.png").size == halves().size
 
 
 def test_a_large_jpeg_is_halved_before_its_pixels_are_counted(tmp_path, monkeypatch):
@@ -137,19 +141,21 @@ def test_a_file_that_is_no_picture_is_named(tmp_path, monkeypatch):
 
 def test_pictures_are_found_in_the_usual_folders_and_by_either_spelling(tmp_path):
     accented = "caf\u00e9 1.png"
-    for place in ("a.png", "images/b.png", "deep/er/c.png", f"images/{unicodedata.normalize('NFD', accented)}"):
+    for place in ("a.png", "images/b.png", "images/cats/d.png", "deep/er/c.png",
+                  f"images/{unicodedata.normalize('NFD', accented)}"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         halves((2, 2)).save(tmp_path / place)
     wanted = [("", "a.png"), ("", "b.png"), ("deep/er", "c.png"), ("", "deep/er/c.png"), ("", "none.png"), None,
-              ("", accented), ("gone", "b.png")]
+              ("", accented), ("gone", "b.png"), ("cats", "d.png")]
     found = photos.find(tmp_path, wanted)
     assert [None if path is None else unicodedata.normalize("NFC", path.relative_to(tmp_path).as_posix())
             for path in found] == ["a.png", "images/b.png", "deep/er/c.png", "deep/er/c.png", None, None,
-                                   f"images/{accented}", "images/b.png"]
+                                   f"images/{accented}", "images/b.png", "images/cats/d.png"]
 
 
 def test_a_folder_is_listed_with_the_folders_in_it(tmp_path):
-    for place in ("b.JPG", "a/z.png", "notes.txt", ".hidden.png", "paper.PDF", "film.mpg", "data.h5", "figure.eps"):
+    for place in ("b.JPG", "a/z.png", "notes.txt", ".hidden.png", ".thumbnails/b.png",
+                  "paper.PDF", "film.mpg", "data.h5", "figure.eps"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_bytes(b"")
     assert [path.relative_to(tmp_path).as_posix() for path in photos.listed(tmp_path)] == ["a/z.png", "b.JPG"]
