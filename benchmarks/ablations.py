@@ -44,7 +44,7 @@ import train
 from harness import flags, folder, report, settings, training
 from harness.training import Run
 from sources import drawing, scenes
-from sources.files import BadInput, write_whole
+from sources.files import BadInput, locked, write_whole
 
 # --------------------------------------------------------------------------------------------------------- training
 
@@ -154,10 +154,15 @@ def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
             out.mkdir(parents=True, exist_ok=True)
             call = [sys.executable, __file__, "one", args.budget, arm, str(out), *more_flags, "--seed", str(seed)]
             started = time.perf_counter()
-            with open(out / "log.txt", "ab") as log:
-                code = subprocess.run(call, stdout=log, stderr=log).returncode
+            with open(out / "log.txt", "ab") as log, subprocess.Popen(call, stdout=log, stderr=log) as child:
+                try:
+                    code = child.wait()
+                except KeyboardInterrupt:  # the child has heard Ctrl-C too, and saves
+                    code = child.wait()
             told = {0: "done", 130: "stopped"}.get(code, f"FAILED ({code}), see {out / 'log.txt'}")
             print(f"{arm}, seed {seed}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
+            if code == 130:
+                return
 
 
 # ---------------------------------------------------------------------------------------------------- results file
@@ -405,7 +410,8 @@ def speed() -> None:
 def main(argv: list[str]) -> int:
     matplotlib.use("Agg")
     if argv[:1] == ["one"]:
-        return one(argv[1], argv[2], Path(argv[3]), argv[4:])
+        with locked(Path(argv[3])):  # an earlier one may still be at it, if only its parent was stopped
+            return one(argv[1], argv[2], Path(argv[3]), argv[4:])
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "speed", "table"))

@@ -21,6 +21,9 @@ def run_command(command: Callable[[], int]) -> int:
     """
     if at_once := signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `start.first_look`
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter of a caption
     try:
         return code_of(command)
     finally:
@@ -31,7 +34,9 @@ def run_command(command: Callable[[], int]) -> int:
 def code_of(command: Callable[[], int]) -> int:
     """The exit code of a command, after the one line that an error gets."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()  # here, where a fault of the output is still told
+        return code
     except BadInput as error:  # from a process of --workers, the message stands at the end of a traceback
         message = str(error).rsplit("BadInput: ", 1)[-1]
     except KeyboardInterrupt:
@@ -47,8 +52,10 @@ def code_of(command: Callable[[], int]) -> int:
             raise
     try:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    except OSError:
-        return leave_quietly()
+        sys.stdout.flush()
+    except OSError as error:
+        code = leave_quietly()  # what is still to be written has nowhere to go
+        return code if error.errno in CLOSED else 2
     return 2
 
 
@@ -75,8 +82,10 @@ def leave_quietly() -> int:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For a process that reads batches: Ctrl-C reaches it too, but the loop stops after the current step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For a process that reads batches: Ctrl-C reaches it too, and so does a SIGTERM to the whole group. It goes on,
+    because the loop stops after the current step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupt:

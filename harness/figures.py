@@ -196,7 +196,9 @@ def found_images(split: data.Split, caption: str, rows: list[int], path: Path) -
     figure, axes = plt.subplots(1, len(rows), figsize=(2.4 * len(rows), 3), squeeze=False)
     for place, (axis, row) in enumerate(zip(axes[0], rows, strict=True), 1):
         show_picture(axis, split, row)
-        axis.set_title(f"{place}. {textwrap.shorten(split.image_names[row], 24)}", fontsize=8, parse_math=False)
+        name = split.image_names[row]
+        name = name if len(name) <= 28 else f"{name[:10]}...{name[-15:]}"
+        axis.set_title(f"{place}. {name}", fontsize=8, parse_math=False)
     figure.suptitle(caption, fontsize=11, parse_math=False)
     save(figure, path)
 

@@ -115,7 +115,7 @@ def text_encoder(folder: Path, checkpoint: dict) -> tuple[BertModel, BertTokeniz
     """
     try:
         tokenizer = models.read_tokenizer(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises many kinds
         raise BadInput(f"{folder / 'tokenizer'}: the tokenizer cannot be read") from error
     return BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False), tokenizer
 

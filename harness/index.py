@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from harness.folder import best_checkpoint
 from retrieve import Embeddings
 from sources.files import BadInput, append, check_folder, explained, locked, read_json, write_json
 
@@ -49,6 +50,12 @@ def checksum(path: Path) -> str:
     """What tells one file from another: a digest of its bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_of(run: Path) -> str | None:
+    """The checksum of the weights in a run folder; None if there are none."""
+    weights = best_checkpoint(run)
+    return checksum(weights) if weights.is_file() else None
 
 
 def files_of(manifest: dict) -> list[str]:
@@ -87,6 +94,10 @@ def place_of(out: Path) -> Path:
     missing = [name for name in ("manifest.json", "names.json", "image.globals") if not (place / name).is_file()]
     if os.path.lexists(place) and missing:  # an index that is replaced is deleted, and nothing else may be
         raise BadInput(f"{out}: there already, and no index (it has no {missing[0]}): give another --out")
+    own = {"manifest.json", "names.json", "progress.json", ".lock", *(f"{k}.{part}" for k in KINDS for part in PARTS)}
+    if others := sorted({path.name for path in place.glob("*")} - own):
+        raise BadInput(f"{out}: the index there would be replaced, but its folder also holds {others[0]}: move "
+                       "that away, or give another --out")
     check_folder(place.parent)
     return place
 

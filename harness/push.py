@@ -36,9 +36,10 @@ def push(address: str, identity: dict, counts: dict[str, int], encode: Encode, n
     for kind, each in zip(KINDS, (names["images"], names["captions"]), strict=True):
         push_side(server, kind, counts[kind], encode, each, DTYPES[identity["dtype"]])
     vectors = {"global": models.VectorParamsDiff(hnsw_config=graph(approximate))}
+    moved = {name: identity[name] for name in ("run", "data") if identity[name]}  # Qdrant would drop a None
     for kind in KINDS:
         server.ask("update_collection", kind, vectors_config=vectors,
-                   metadata={"whole": True, "approximate": bool(approximate)})
+                   metadata={"whole": True, "approximate": bool(approximate), **moved})
     for kind in KINDS:
         if approximate and counts[kind]:
             print(f"recall of approximate shortlists of {kind}s: {recall(server, kind, approximate[kind]):.4f}")

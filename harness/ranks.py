@@ -36,7 +36,8 @@ def encode(branch: Callable[[Mapping], Encoded], batch: Mapping[str, Tensor], pi
         return branch(batch)
     if len(batch["regions"]) < parts:
         raise BadInput(f"a batch of {len(batch['regions'])} images cannot be shared out to {count()} processes x "
-                       f"{pieces} pieces; take a larger --batch-size")
+                       f"{pieces} pieces; take fewer --pieces or processes, or, in a new run, a "
+                       "larger --batch-size")
     cut = {name: rows.tensor_split(parts) for name, rows in batch.items()}
     encoded = []
     for part in range(number() * pieces, (number() + 1) * pieces):

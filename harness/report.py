@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def table(result: dict) -> str:
 def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool = False) -> None:
     """A line of JSON, or a table: the score and what it is made of."""
     if as_json:
-        print(json.dumps({"query": query, "found": found}, ensure_ascii=False), flush=True)
+        utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+        print(json.dumps({"query": query, "found": found}, ensure_ascii=not utf8), flush=True)
         return
     if titled:
         print(f"\n{query}")

@@ -1,10 +1,5 @@
 """The search command: evaluate a trained run, make an index of a corpus, search either.
 
-    python retrieve.py evaluate RUN                       recall of a trained run, both directions
-    python retrieve.py index    RUN --out INDEX           encode a split once, to be searched again and again
-    python retrieve.py search   RUN_OR_INDEX "a red ring" the pictures that fit a caption best
-    python retrieve.py search   RUN_OR_INDEX --image FILE the captions that fit a picture best
-
 The concepts are in `retrieve.py`, the index is in `harness/index.py`.
 """
 from __future__ import annotations
@@ -103,6 +98,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if opened.manifest["split"] == "images":
             raise BadInput(f"{args.run} is an index of pictures without captions: it has no recall")
         run = open_run(opened.folder, args, opened.manifest["split"])
+        if opened.manifest["content"] != folders.fingerprint(run.split):
+            raise BadInput(f"{args.run} holds other captions or features than the data has now: push it anew")
         options = report.search_options(run.settings)
         print(report.table(served.evaluate(opened, run.side, run.split.image_of, **options)))
         return
@@ -132,7 +129,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_index(args: argparse.Namespace) -> None:
-    address = qdrant.is_address(args.out)
+    address, checkpoint = qdrant.is_address(args.out), index.checkpoint_of(args.run)
     if args.approximate and not address:
         raise BadInput("--approximate is for an index in Qdrant: --out qdrant://HOST:PORT/NAME")
     place = args.out if address else index.place_of(args.out)  # before the data is loaded
@@ -146,9 +143,11 @@ def run_index(args: argparse.Namespace) -> None:
         run.split, run.words = pictures.of_folder(settings, args.run, run.device, args.workers, run.seen), []
     else:
         run = open_run(args.run, args, args.split)
+    if index.checkpoint_of(args.run) != checkpoint:  # an epoch of a training ended in between
+        raise BadInput(f"{args.run} was trained further while its data was read: start again")
     split, settings = run.split, run.settings
     root = args.images or settings.run.data_root
-    identity = {"checkpoint": index.checksum(folders.best_checkpoint(args.run)), "run": str(args.run.resolve()),
+    identity = {"checkpoint": checkpoint, "run": str(args.run.resolve()),
                 "dataset": settings.run.dataset, "split": split.name, "dtype": args.dtype,
                 "data": str(Path(root).resolve()) if root else None, "dim": settings.architecture.dim,
                 "tokens": settings.run.model != "user", "content": folders.fingerprint(split)}
@@ -198,6 +197,7 @@ def run_search(args: argparse.Namespace) -> None:
         rows, found = answer(run, run.image(split, row), corpus, names, args.top)
         report.show(args.image, found[0], args.json, fine)
     else:
+        data.tokenize(captions, run.tokenizer, run.settings.text.longest)  # names a bad one before any is answered
         blocks = range(0, len(captions), QUERIES)
         for start in tqdm(blocks, desc="search", unit=f"{QUERIES} queries", disable=len(blocks) == 1):
             asked = captions[start : start + QUERIES]
@@ -210,6 +210,9 @@ def run_search(args: argparse.Namespace) -> None:
             found = [names[row] for row in rows]
             files = photos.find(Path(args.data_root or opened.manifest["data"]), [("", name) for name in found])
             run.split, rows = data.Split("images", [], np.zeros(0, np.int64), None, found, files), range(len(rows))
+        elif opened and args.image is None and [names[row] for row in rows] != [
+                name for row in rows for name in run.split.image_names[row : row + 1]]:
+            raise BadInput(f"{args.run}: its pictures have changed since it was made: make the index anew")
         if args.image is None:
             figures.found_images(run.split, captions[0], rows, args.save)
         else:
@@ -240,10 +243,9 @@ def open_index(args: argparse.Namespace) -> index.Index:
     """The index that was asked for. Raises BadInput if its run is gone, or has been trained further since."""
     opened = served.load(args.run) if qdrant.is_address(args.run) else index.load(args.run)
     opened.folder = args.from_run or opened.folder
-    weights = folders.best_checkpoint(opened.folder)
-    found = index.checksum(weights) if weights.is_file() else None
+    found = index.checkpoint_of(opened.folder)
     if found != opened.manifest["checkpoint"]:
-        raise BadInput(f"{args.run} was made with another checkpoint than {weights} "
+        raise BadInput(f"{args.run} was made with another checkpoint than {folders.best_checkpoint(opened.folder)} "
                        f"{'is now' if found else '(which is not there)'}: make the index anew, or give --from-run")
     if args.split not in (None, opened.manifest["split"]):
         raise BadInput(f"{args.run} is an index of split {opened.manifest['split']}, not {args.split}")
@@ -261,8 +263,9 @@ def check_search(args: argparse.Namespace) -> list[str]:
             raise BadInput("--save draws one query, --queries has many")
         if str(args.queries) != "-":
             return layouts.read_captions(args.queries)
-    with explained("standard input", "captions, one a line"):
+    with explained("standard input" if args.queries else "the caption", "text in UTF-8"):
         captions = [line.strip() for line in sys.stdin if line.strip()] if args.queries else [args.caption]
+        "".join(filter(None, captions)).encode()  # raises an error for bytes that are not text
     if not captions or args.image is None and not captions[0].strip():
         raise BadInput("the caption is empty")
     return captions

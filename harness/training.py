@@ -270,10 +270,12 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
                 run.log = log
             ranks.join(run.model, run.momentum)
             finished = train_guarded(train, run)
-        except (BadInput, OSError, MemoryError, RuntimeError):
+        except (BadInput, OSError, MemoryError, RuntimeError) as error:
             if first and not options.resume and not folder.best_checkpoint(out).exists():  # nothing to go on from
                 (out / "settings.json").unlink(missing_ok=True)
                 shutil.rmtree(out / "tokenizer", ignore_errors=True)
+                if isinstance(error, ConnectionError):
+                    raise BadInput("another process has ended before there was a checkpoint: start again") from error
             raise
         if not finished:
             print(f"stopped at epoch {run.epoch + 1}, step {run.step}; go on with --resume --out {out}")

@@ -15,7 +15,7 @@ import data
 from harness import flags as command_line
 from harness import settings, training
 from harness.models import text_encoder
-from sources.files import BadInput
+from sources.files import BadInput, locked
 
 
 def test_a_claim_holds_where_student_s_interval_excludes_zero():
@@ -55,6 +55,21 @@ def test_every_result_is_of_an_arm_and_every_table_prints(capsys):
 
 CHANGED = [arms.AS_RELEASED, "user, no queue, hinge, mean first", "user, stand-in for CLIP", "tgdt, fine alone, beside",
            "unified, averaged, own branch, fewer regions", "user, no guide, averaged, entropy"]
+
+
+def test_two_trainings_of_an_arm_do_not_share_a_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(BadInput, match="another program is writing there"):
+        ablations.main(["one", "flickr8k", "tgdt", str(tmp_path)])
+
+
+def test_an_arm_that_ctrl_c_stops_is_the_last_one(tmp_path, monkeypatch, capsys):
+    stopped = tmp_path / "stopped"
+    stopped.write_text("#!/bin/sh\nexit 130\n")
+    stopped.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stopped))
+    assert ablations.main(["train", "--out", str(tmp_path), "--arms", "tgdt; user", "--seeds", "0"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tgdt, seed 0: stopped") and "user" not in said
 
 
 @pytest.mark.parametrize("arm", CHANGED)

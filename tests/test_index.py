@@ -242,6 +242,11 @@ def test_a_folder_of_something_else_is_left_alone(sides, tmp_path):
     with pytest.raises(BadInput, match="app: there already, and no index .it has no names.json"):
         build(page, sides)
     assert (page / "index.html").read_text() == "mine"
+    build(tmp_path / "index", sides)
+    (tmp_path / "index" / "found.png").write_text("mine")
+    with pytest.raises(BadInput, match="also holds found.png"):
+        build(tmp_path / "index", sides, checkpoint="new")
+    assert (tmp_path / "index" / "found.png").read_text() == "mine"
 
 
 def test_an_index_is_written_where_a_link_leads_to(sides, tmp_path):

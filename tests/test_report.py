@@ -47,6 +47,14 @@ def test_words_are_aligned_with_the_regions_that_the_model_saw():
     assert report.alignment(images, texts, split) is None
 
 
+def test_a_found_picture_has_its_name_above_it(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.extend(axis.get_title() for axis in figure.axes))
+    names = ["1000268201_693b08cb0e.jpg", "COCO_train2014_000000391895.jpg"]
+    figures.found_images(data.Split("test", [], np.array([]), None, names, [None] * 2), "a dog", [0, 1], tmp_path)
+    assert drawn == ["1. 1000268201_693b08cb0e.jpg", "2. COCO_train...00000391895.jpg"]
+
+
 @pytest.mark.parametrize("text", ["from $5 to $6", "#1: $5, #2: $6", "$\\frac$"])
 def test_a_dollar_in_a_caption_or_a_name_is_a_dollar(tmp_path, text):
     split = data.Split("test", [text] * 5, np.array([0] * 5), None, [text], [None])

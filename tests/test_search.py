@@ -39,6 +39,14 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     assert retrieve.main(["search", out, "--queries", str(captions), "--json", "--top", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["query"] for line in lines] == ["a red dog", "a small ball"]
+    captions.write_text("a red dog\n\u200b\n")  # an empty caption, found before the first one is answered
+    capsys.readouterr()
+    assert retrieve.main(["search", out, "--queries", str(captions)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "caption 1" in said.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red dog\n\udcff cat"))  # bytes that are not UTF-8
+    assert retrieve.main(["search", out, "--queries", "-"]) == 2
+    assert "standard input: expected text in UTF-8" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red dog\n\na small ball"))
     assert retrieve.main(["search", out, "--queries", "-", "--json", "--top", "2"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
@@ -48,9 +56,26 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     picture = tmp_path / "found.png"
     assert retrieve.main(["search", out, "a red dog", "--save", str(picture)]) == 0 and picture.stat().st_size > 0
 
+    load = data.load
+
+    def fewer(*given):  # the data has shrunk since
+        splits = load(*given)
+        splits["val"].keep(np.arange(4) == 0)
+        return splits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", fewer)
+        capsys.readouterr()
+        assert retrieve.main(["search", out, "a red dog", "--save", str(picture)]) == 2
+        assert "its pictures have changed since it was made" in capsys.readouterr().err
+
     weights = Path(run) / "best.pt"
-    weights.write_bytes(weights.read_bytes() + b"trained on")
-    capsys.readouterr()
+    with monkeypatch.context() as patch:  # an epoch ends while the data is read
+        patch.setattr(data, "load", lambda *given: weights.write_bytes(weights.read_bytes() + b"trained on")
+                      and load(*given))
+        capsys.readouterr()
+        assert retrieve.main(["index", run, "--out", out]) == 2
+        assert "was trained further while its data was read" in capsys.readouterr().err
     assert retrieve.main(["search", out, "a red dog"]) == 2
     message = capsys.readouterr().err
     assert "another checkpoint" in message and message.count("\n") == 1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import retrieve
 import train
-from harness import index, push, qdrant, served
+from harness import folder, index, push, qdrant, served
 from retrieve import Embeddings
 from sources.files import BadInput
 
@@ -217,7 +217,8 @@ def test_two_models_or_corpora_are_never_mixed(sides, address):
         with pytest.raises(BadInput, match=f"another {next(iter(changes))}: give another address"):
             pushed(address, sides, calls, **changes)
     pushed(address, sides, calls, run="moved", data="moved")  # where things lie may change
-    assert calls == [] and served.load(address).manifest["checkpoint"] == "abc"
+    manifest = served.load(address).manifest
+    assert calls == [] and manifest["checkpoint"] == "abc" and manifest["run"] == "moved" == manifest["data"]
 
 
 def test_approximate_shortlists_report_their_recall(sides, address, monkeypatch, capsys):
@@ -346,7 +347,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
-def test_the_commands(flags, server, undrawn, tmp_path, capsys, model):
+def test_the_commands(flags, server, undrawn, tmp_path, capsys, monkeypatch, model):
     run, disk = str(tmp_path / "run"), str(tmp_path / "index")
     assert train.main([*flags, "--model", model, "--epochs", "1"]) == 0
     places = [disk, server.address, *([f"qdrant:{tmp_path / 'served'}"] if find_spec("qdrant_edge") else [])]
@@ -371,6 +372,11 @@ def test_the_commands(flags, server, undrawn, tmp_path, capsys, model):
     assert len(lines) == len(places) and all(line == lines[0] for line in lines)  # all but the seconds
     assert retrieve.main(["search", server.address, "a red dog", "--save", str(tmp_path / "found.png")]) == 0
     assert retrieve.main(["evaluate", server.address, "--shortlist", "1"]) == 2
+    with monkeypatch.context() as patch:  # the data has changed since
+        patch.setattr(folder, "fingerprint", lambda split: "other")
+        capsys.readouterr()
+        assert retrieve.main(["evaluate", server.address]) == 2
+        assert "other captions or features than the data has now" in capsys.readouterr().err
 
     weights = Path(run) / "best.pt"
     weights.write_bytes(weights.read_bytes() + b"trained on")

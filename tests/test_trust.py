@@ -1,6 +1,7 @@
 """Nothing of a user's is lost: two programs in one folder, kills at bad moments, changed files, a full disk, a closed
 pipe. Each ends in one line."""
 import errno
+import io
 import json
 import os
 import resource
@@ -121,7 +122,7 @@ class Broken(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> bool:
         if row == 1:
             raise files.BadInput("train_ims.npy, row 1: found NaN")
-        return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return all(signal.getsignal(number) == signal.SIG_IGN for number in console.SIGNALS)
 
 
 def test_processes_that_read_batches_leave_ctrl_c_to_the_loop_and_end_in_one_line(capsys):
@@ -138,6 +139,25 @@ def test_processes_that_read_batches_leave_ctrl_c_to_the_loop_and_end_in_one_lin
 
     assert console.run_command(killed) == 2
     assert "--shm-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fault", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 141)])
+def test_output_that_cannot_be_written_at_the_end_is_told_or_left(fault, code, capsys, monkeypatch):
+    """What a command prints may wait in a buffer until it ends."""
+    full = io.StringIO()
+    full.flush = lambda: (_ for _ in ()).throw(OSError(fault, os.strerror(fault)))
+    monkeypatch.setattr(sys, "stdout", full)
+    assert console.run_command(lambda: 0) == code
+    assert capsys.readouterr().err == (f"error: {os.strerror(fault)}\n" if code == 2 else "")
+
+
+def test_a_terminal_that_lacks_a_letter_gets_its_number(monkeypatch):
+    found = [{"name": "a café", "score": 1.0, "global": 1.0, "local": 0.0}]
+    for as_json, lines in ((False, "a caf\\xe9"), (True, "a caf\\u00e9")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert console.run_command(lambda as_json=as_json: report.show("→", found, as_json, False, True) or 0) == 0
+        said = sys.stdout.buffer.getvalue().decode("ascii")
+        assert lines in said and (not as_json or json.loads(said)["query"] == "→")
 
 
 def test_a_run_goes_on_without_its_text_encoder_s_files_and_with_its_own_command(flags, bert, tmp_path):
