@@ -98,7 +98,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if opened.manifest["split"] == "images":
             raise BadInput(f"{args.run} is an index of pictures without captions: it has no recall")
         run = open_run(opened.folder, args, opened.manifest["split"])
-        if opened.manifest["content"] != folders.fingerprint(run.split):
+        if opened.manifest.get("content") != folders.fingerprint(run.split):
             raise BadInput(f"{args.run} holds other captions or features than the data has now: push it anew")
         options = report.search_options(run.settings)
         print(report.table(served.evaluate(opened, run.side, run.split.image_of, **options)))

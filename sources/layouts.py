@@ -7,6 +7,7 @@ features are computed from the pictures later (see `extract.py`).
 from __future__ import annotations
 
 import math
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -198,6 +199,6 @@ def read_pictures(root: Path, entries: list[Entry], splits: Sequence[str],
                                "all captions of a picture")
         files = ManyFiles(features, [e.id for e in own], [e.size for e in own], pictures) if features else None
         often = Counter(entry.file[1] for entry in own)  # a name that occurs twice gets its folder in front
-        names = [entry.file[1] if often[entry.file[1]] == 1 else "/".join(entry.file) for entry in own]
+        names = [entry.file[1] if often[entry.file[1]] == 1 else posixpath.join(*entry.file) for entry in own]
         found[name] = Listing(captions, image_of, files, names, pictures)
     return found

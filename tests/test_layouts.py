@@ -528,9 +528,11 @@ def test_bad_lines(tmp_path, line):
 
 def test_a_picture_has_one_entry_and_a_name_of_its_own(tmp_path):
     images = [karpathy_image("1.jpg", "train", ["a cat"], filepath="cats"),
-              karpathy_image("1.jpg", "train", ["a dog"], filepath="dogs"), karpathy_image("2.jpg", "train", ["a cow"])]
+              karpathy_image("1.jpg", "train", ["a dog"], filepath="dogs"), karpathy_image("1.jpg", "train", ["a cow"]),
+              karpathy_image("2.jpg", "train", ["a hen"])]
     write_json(tmp_path / "dataset_own.json", {"images": images})
-    assert layouts.read("folder", tmp_path, ("train",))["train"].image_names == ["cats/1.jpg", "dogs/1.jpg", "2.jpg"]
+    assert layouts.read("folder", tmp_path, ("train",))["train"].image_names == [
+        "cats/1.jpg", "dogs/1.jpg", "1.jpg", "2.jpg"]
     write_json(tmp_path / "dataset_own.json", {"images": images + images[1:2]})
     bad(lambda: layouts.read("folder", tmp_path, ("train",)), "1.jpg is in", "all captions of a picture")
 

@@ -55,7 +55,7 @@ def test_a_found_picture_has_its_name_above_it(monkeypatch, tmp_path):
     assert drawn == ["1. 1000268201_693b08cb0e.jpg", "2. COCO_train...00000391895.jpg"]
 
 
-@pytest.mark.parametrize("text", ["from $5 to $6", "#1: $5, #2: $6", "$\\frac$"])
+@pytest.mark.parametrize("text", ["#1: $5, #2: $6", "$\\frac$"])
 def test_a_dollar_in_a_caption_or_a_name_is_a_dollar(tmp_path, text):
     split = data.Split("test", [text] * 5, np.array([0] * 5), None, [text], [None])
     figures.found_images(split, text, [0], tmp_path / "a.png")
