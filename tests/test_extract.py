@@ -107,6 +107,25 @@ def test_only_what_is_new_is_computed(root, seen):
     assert np.allclose(features(found), [colour(root / name) for name in names])
 
 
+def test_pictures_that_were_copied_with_new_times_need_no_network(root, seen, monkeypatch):
+    identity = {"regions": Means(seen).identity}
+    run(root, ALL)
+    for name in ALL:
+        os.utime(root / name, ns=(0, 0))
+
+    def absent(settings, device):
+        raise BadInput("no weights here")
+
+    monkeypatch.setattr(pictures, "regions_network", absent)
+    again = split(root, ALL)
+    pictures.prepare({"train": again}, settings(root), root / "run", wanted=identity)
+    assert np.allclose(features(again), [colour(root / name) for name in ALL])
+    content = (root / "1.png").read_bytes()
+    (root / "1.png").write_bytes(content[:-1] + b"?")  # another picture of the same name and size has to be looked at
+    with pytest.raises(BadInput, match="no weights here"):
+        pictures.prepare({"train": split(root, ALL)}, settings(root), root / "run", wanted=identity)
+
+
 def test_twins_in_one_batch_are_computed_once(root, seen):
     shutil.copy(root / "0.png", root / "00.png")
     found = run(root, ["0.png", "00.png"])

@@ -296,6 +296,18 @@ def test_a_classifier_of_other_classes_may_be_used(tmp_path):
     assert networks.Grid(load_classifier("mobilenet_v3_small", str(tmp_path / "own.pth")), 4, 64).dim == 576
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+def test_googlenet_gets_pixels_from_minus_one_to_one(tmp_path):
+    """It has learnt from them; torchvision's transforms give another scale, which the network then has to change."""
+    torch.save(torchvision.models.googlenet(weights=None, init_weights=False).state_dict(),
+               tmp_path / "own.pth")
+    grid, given = networks.Grid(load_classifier("googlenet", str(tmp_path / "own.pth")), 4, 64), []
+    grid.net.conv1.register_forward_pre_hook(lambda module, pixels: given.append(pixels[0]))
+    grid.look({"pixels": torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 64, 64)})
+    assert torch.allclose(given[0].amin((1, 2, 3)), torch.tensor([-1.0, 1.0]), atol=1e-4)
+    assert torch.allclose(given[0].amax((1, 2, 3)), torch.tensor([-1.0, 1.0]), atol=1e-4)
+
+
 def test_a_network_of_your_own_gives_a_grid():
     own = Classifier("mine", torch.nn.AvgPool2d(4), lambda net, pixels: net(pixels), (0, 0, 0), (1, 1, 1))
     network = networks.Grid(own, 4, 16)

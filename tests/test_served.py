@@ -95,8 +95,6 @@ def test_a_served_index_answers_as_the_one_on_disk(sides, opened, tmp_path):
             same(opened.texts, disk.images, disk.texts, k, 10.0, reduction)
     same(opened.images, disk.texts, disk.images, 7, 0.0, "sum")
     assert [opened.names["images"][row] for row in range(IMAGES)] == NAMES["images"]
-    with pytest.raises(BadInput, match="made of 40 images and 70 captions, but the split has 40 and 40"):
-        served.evaluate(opened, lambda kind: sides["image"], [], (1, 1), 10.0, "sum")
 
 
 def test_what_qdrant_cannot_re_rank_is_re_ranked_here(sides, opened, monkeypatch):

@@ -255,6 +255,12 @@ def test_a_checkpoint_of_another_shape_is_told(run, change, capsys):
     refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt")
 
 
+def test_a_tokenizer_that_cannot_be_read_is_told(run, capsys):
+    for content in ("", "[]", '{"model": 1}'):
+        (run / "tokenizer" / "tokenizer.json").write_text(content)
+        refused(retrieve.main, ["evaluate", str(run)], capsys, "tokenizer: the tokenizer cannot be read")
+
+
 def test_a_bert_that_reads_less_than_the_longest_caption_is_told(flags, capsys):
     refused(train.main, [*flags, "--longest", "65"], capsys, "--longest 65", "64 word pieces at most")
 
