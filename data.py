@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sources import layouts, photos, scenes
 from sources.features import InMemory, ManyFiles, OneArray, Stored
@@ -54,7 +55,7 @@ class Split:
         return int(name) if re.fullmatch("[0-9]{1,9}", name) and int(name) < len(self.image_names) else None
 
     def keep(self, good: np.ndarray) -> None:
-        """Drop all images but the good ones, and their captions. good: [N] bool."""
+        """Drop all images but the good ones, and their captions, before there are features. good: [N] bool."""
         kept = good[self.image_of]                                                    # [M] bool
         self.captions = [caption for caption, stays in zip(self.captions, kept, strict=True) if stays]
         self.image_of = (np.cumsum(good) - 1)[self.image_of[kept]]
@@ -111,13 +112,9 @@ def pad(words: Sequence[np.ndarray]) -> dict[str, Tensor]:
 
     Shorter captions end in zeros. The mask hides them, so no model sees what stands there.
     """
-    longest = max(len(ids) for ids in words)
-    word_ids = torch.zeros(len(words), longest, dtype=torch.long)
-    word_mask = torch.zeros(len(words), longest, dtype=torch.bool)
-    for row, ids in enumerate(words):
-        word_ids[row, : len(ids)] = torch.from_numpy(ids)
-        word_mask[row, : len(ids)] = True
-    return {"word_ids": word_ids, "word_mask": word_mask}
+    lengths = torch.tensor([len(ids) for ids in words])
+    word_ids = pad_sequence([torch.from_numpy(ids).long() for ids in words], batch_first=True)
+    return {"word_ids": word_ids, "word_mask": torch.arange(word_ids.shape[1]) < lengths[:, None]}
 
 
 class CaptionNoise:
@@ -201,8 +198,8 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     image is encoded once for several captions. An image that has fewer left gives those. The last batch is dropped if
     it is not full, unless it is the only one. The result depends on (seed, epoch) alone.
 
-    A batch has at least two images, as one alone has no negatives. So the image with the most captions gives no more of
-    them than the one with the second most has.
+    A batch has two images or more (if there are two), as one alone has no negatives. So the image with the most
+    captions gives no more of them than the one with the second most has.
     """
     rng = np.random.default_rng([seed, epoch])
     captions_of: dict[int, list[int]] = {}
@@ -216,7 +213,7 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     for image in sorted(captions_of):
         captions = captions_of[image][:most]
         groups += [(start // each, image, captions[start : start + each]) for start in range(0, len(captions), each)]
-    groups = [group for _, group in sorted(zip(rng.permutation(len(groups)).tolist(), groups, strict=True))]
+    groups = [groups[place] for place in np.argsort(rng.permutation(len(groups)))]
     groups.sort(key=lambda group: group[0])  # by round; sort is stable, so a round stays in random order
 
     images = batch_size // each  # in a batch

@@ -1,4 +1,4 @@
-"""The losses: TGDT's consistent multimodal contrastive loss (CMC) and USER's unified training objective (UTO).
+"""The losses: TGDT's consistent multimodal contrastive loss (CMC), InfoNCE, USER's unified training objective (UTO).
 
 Read beside Liu et al., "Efficient Token-Guided Image-Text Retrieval With Consistent Multimodal Contrastive
 Training" (TGDT), the part on CMC, and Zhang et al., "USER: Unified Semantic Enhancement With Momentum Contrast for
@@ -19,8 +19,15 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------------- TGDT: CMC
 
 
+def single(values: Tensor) -> Tensor:
+    """In float32 or better. In half precision sums would lose digits, and e^{mu s} would overflow."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def with_diagonal(similarity: Tensor, positives: Tensor | None) -> Tensor:
     """[B, B] bool: the pairs that are marked as true, and the diagonal, which is always true."""
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise ValueError(f"expected a square similarity matrix, got {tuple(similarity.shape)}")
     diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     return diagonal if positives is None else diagonal | positives
 
@@ -37,9 +44,7 @@ def hinge(similarity: Tensor, margin: float = 0.2, positives: Tensor | None = No
                 which is gentler while the embeddings are still random.
     Returns a scalar. Raises ValueError if the matrix is not square or `negatives` is another word.
     """
-    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
-        raise ValueError(f"hinge needs a square similarity matrix, got {tuple(similarity.shape)}")
-    positives = with_diagonal(similarity, positives)
+    similarity, positives = single(similarity), with_diagonal(similarity, positives)
     truth = similarity.diagonal()
     rows = (margin + similarity - truth[:, None]).clamp(min=0).masked_fill(positives, 0)
     columns = (margin + similarity - truth[None, :]).clamp(min=0).masked_fill(positives, 0)
@@ -62,14 +67,12 @@ def local_similarity(region_tokens: Tensor, region_mask: Tensor, word_tokens: Te
     are left out, and a padded region has similarity -inf, so that it cannot win the maximum. (With 0 in its place,
     as in the released code, it would beat every negative similarity.)
     """
-    images, regions = region_mask.shape
     words = word_tokens[word_mask]                                   # [n, D], the real words of all captions
     caption = word_mask.nonzero()[:, 0]                              # [n], the caption that each word belongs to
-    dots = (region_tokens.flatten(0, 1) @ words.T).view(images, regions, -1)                    # [I, R, n]
+    dots = (region_tokens.flatten(0, 1) @ words.T).view(*region_mask.shape, len(words))         # [I, R, n]
     dots = dots.masked_fill(~region_mask[:, :, None], float("-inf"))
-    best = dots.max(1).values                                        # [I, n]; max has a cheaper gradient than amax
-    best = best.to(torch.promote_types(best.dtype, torch.float32))   # half precision would lose digits in the sum
-    total = best.new_zeros(images, len(word_mask)).index_add(1, caption, best)                  # [I, C]
+    best = single(dots.max(1).values)                                # [I, n]; max has a cheaper gradient than amax
+    total = best.new_zeros(len(best), len(word_mask)).index_add(1, caption, best)               # [I, C]
     return over_words(total, word_mask.sum(1), reduction)
 
 
@@ -86,7 +89,7 @@ def intra_consistency(image_global: Tensor, text_global: Tensor, margin: float =
     Sum over i of [ max over j of |t(i, j) - v(i, j)| - margin ]+ , where v are the similarities of image with image
     and t those of caption with caption. image_global, text_global: [B, D] unit length. Returns a scalar.
     """
-    images, texts = image_global @ image_global.T, text_global @ text_global.T
+    images, texts = single(image_global @ image_global.T), single(text_global @ text_global.T)
     return ((texts - images).abs().amax(0) - margin).clamp(min=0).sum()
 
 
@@ -119,13 +122,12 @@ def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | 
     teacher: [B, B], the same similarities by a better model. Its softmax makes up the share `distill` of what counts
     as right, and the truth the rest (momentum distillation, ALBEF). Returns a scalar.
     """
-    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     truth = with_diagonal(similarity, None)
     left_out = with_diagonal(similarity, positives) & ~truth
-    logits = (similarity / temperature).masked_fill(left_out, torch.finfo(similarity.dtype).min)
+    logits = (single(similarity) / temperature).masked_fill(left_out, torch.finfo(torch.float32).min)
     by_row = by_column = truth.to(logits.dtype)                                                     # [B, B]
     if teacher is not None:
-        taught = (teacher.detach() / temperature).masked_fill(left_out, float("-inf"))
+        taught = (single(teacher.detach()) / temperature).masked_fill(left_out, float("-inf"))
         by_row = (1 - distill) * by_row + distill * taught.softmax(1)
         by_column = (1 - distill) * by_column + distill * taught.T.softmax(1)
     return F.cross_entropy(logits, by_row) + F.cross_entropy(logits.T, by_column)
@@ -137,10 +139,9 @@ def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | 
 def soft_hinge(similarity: Tensor, positives: Tensor | None, mu: float, gamma: float) -> Tensor:
     """(1 / mu) log(1 + sum over the negatives j of e^{mu (s(i, j) - gamma)}) for each row i (USER, UTO).
 
-    This is a smooth maximum of how far the negatives rise above gamma. similarity [B, K] -> [B] in float32 or better.
-    e^{mu (s - gamma)} overflows in half precision; the log-sum-exp never computes it.
+    This is a smooth maximum of how far the negatives rise above gamma, [B, K] -> [B]. logsumexp never overflows.
     """
-    rise = mu * (similarity.to(torch.promote_types(similarity.dtype, torch.float32)) - gamma)
+    rise = mu * (single(similarity) - gamma)
     if positives is not None:
         rise = rise.masked_fill(positives, float("-inf"))
     return F.pad(rise, (1, 0)).logsumexp(1) / mu  # the zero in front is the 1 in log(1 + ...)
@@ -152,9 +153,8 @@ def reward(truth: Tensor, floor: bool = True) -> Tensor:
     This form gives a pair below zero no gradient. If all pairs start there, which depends on the seed, nothing ever
     moves. Without the floor the reward goes on below zero as s, with the slope that it has at zero.
     """
-    truth = truth.to(torch.promote_types(truth.dtype, torch.float32))
-    above = truth.clamp(min=0).log1p()
-    return above if floor else above + truth.clamp(max=0)
+    above = single(truth).clamp(min=0).log1p()
+    return above if floor else above + single(truth).clamp(max=0)
 
 
 def uto_batch(

@@ -46,8 +46,8 @@ class Embeddings:
     def __post_init__(self):
         if self.tokens is not None and self.mask is None and self.offsets is None:
             raise ValueError("tokens need a mask if they are padded, or offsets if they are packed: got neither")
-        if self.mask is not None:
-            self.tokens, self.offsets, self.mask = self.tokens[self.mask], ends(self.mask.sum(1)), None
+        if self.tokens is not None and self.mask is not None:
+            self.tokens, self.offsets, self.mask = self.tokens[self.mask.bool()], ends(self.mask.sum(1)), None
 
     def __len__(self) -> int:
         return len(self.globals)
@@ -130,8 +130,8 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
     """
     if len(corpus) == 0 or shortlist < 1:
         raise ValueError(f"a shortlist of {shortlist} from a corpus of {len(corpus)} is empty, expected at least one")
-    if queries.kind == corpus.kind:
-        raise ValueError(f"queries and corpus are both of kind {corpus.kind!r}: one should be image, the other text")
+    if {queries.kind, corpus.kind} != {"image", "text"}:
+        raise ValueError(f"kinds {queries.kind!r} and {corpus.kind!r}: one side should be 'image', the other 'text'")
     scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)))         # [Q, K], [Q, K]
     if weight and len(queries) and queries.tokens is not None and corpus.tokens is not None:
         query = torch.arange(len(queries), device=indices.device)[:, None].expand_as(indices)
@@ -141,7 +141,7 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
         local = (local_of or local_of_pairs)(*sides, *pairs, reduction)
         scores, order = (scores + weight * local.view_as(scores)).sort(dim=1, descending=True, stable=True)
         indices = indices.gather(1, order)
-    return indices, scores
+    return indices, scores.float()
 
 
 def nearest(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -154,9 +154,8 @@ def nearest(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for start in range(0, len(corpus), size):
         block = corpus[start : start + size].to(queries.device, queries.dtype)
         here, place = (queries @ block.T).topk(min(k, len(block)), dim=1)
-        place += start
         if best is not None:  # the best of this block and of those before
-            here, place = torch.cat([best, here], 1), torch.cat([index, place], 1)
+            here, place = torch.cat([best, here], 1), torch.cat([index, start + place], 1)
             here, order = here.topk(min(k, here.shape[1]), dim=1)
             place = place.gather(1, order)
         best, index = here, place
@@ -186,7 +185,7 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
 @torch.inference_mode()
 def local_matrix(images: Embeddings, texts: Embeddings, reduction: str = "sum") -> Tensor:
     """The local similarity of every image with every caption, [images, captions], in blocks of captions."""
-    regions, region_mask = images.padded()
+    regions, region_mask = images.to(dtype=texts.tokens.dtype).padded()
     step = max(1, BLOCK // (region_mask.numel() * max(1, len(texts.tokens) // len(texts))))
     blocks = tqdm(range(0, len(texts), step), desc="exhaustive local", unit="block", leave=False, delay=2)
     return torch.cat([losses.local_similarity(regions, region_mask, *texts[start : start + step].padded(), reduction)
@@ -204,6 +203,8 @@ def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
     helps: a right answer that is NaN ranks last, and a wrong one counts as better than the right one.
     """
     right = query_image[:, None] == corpus_image
+    if right.shape != scores.shape:
+        raise ValueError(f"scores {tuple(scores.shape)} do not fit {tuple(right.shape)} queries and answers")
     truth = scores.masked_fill(~right | scores.isnan(), float("-inf")).amax(1, keepdim=True)
     return (~(scores < truth) & ~right).sum(1) + 1
 
@@ -215,15 +216,14 @@ def shortlist_ranks(indices: Tensor, scores: Tensor, query_image: Tensor, corpus
     A miss is a miss: a query whose answer is not among the first K of stage 1 keeps its rank there, `stage1` [Q]. (The
     released evaluator gives such a query rank 1.) An answer that only shares the last place of the list is a miss too.
     """
-    again = ranks(scores, query_image, corpus_image[indices])                                       # [Q]
-    return torch.where(stage1 <= indices.shape[1], again, stage1)
+    return torch.where(stage1 <= indices.shape[1], ranks(scores, query_image, corpus_image[indices]), stage1)
 
 
 def metrics(i2t: Tensor, t2i: Tensor) -> dict:
     """Ranks of all image queries and of all caption queries -> R@1/5/10 in percent, median and mean rank, rsum."""
     out = {}
     for name, rank in (("i2t", i2t.double()), ("t2i", t2i.double())):
-        recalls = {f"r{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
+        recalls = {f"r{k}": 100 * (rank <= k).sum().item() / len(rank) for k in (1, 5, 10)}
         out[name] = {**recalls, "median_rank": rank.quantile(0.5).item(), "mean_rank": rank.mean().item()}
     out["rsum"] = sum(out[name][r] for name in ("i2t", "t2i") for r in ("r1", "r5", "r10"))
     return out
@@ -250,7 +250,7 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     dots = images.globals @ texts.globals.T
     i2t, t2i = ranks(dots, rows, image_of), ranks(dots.T, image_of, rows)
     out["global"], seconds["global"] = metrics(i2t, t2i), now(device) - start
-    if images.tokens is None:
+    if images.tokens is None or texts.tokens is None:
         return {**out, "seconds": seconds}
     start = now(device)
     i2t = shortlist_ranks(*find(images, texts, shortlist[0], weight, reduction), rows, image_of, i2t)

@@ -73,7 +73,7 @@ class RegionEncoder(nn.Module):
         if self.zero_image_token:
             token, token_box = torch.zeros_like(regions[:, :1]), torch.zeros_like(boxes[:, :1])
         else:
-            real = mask[:, :, None].to(regions.dtype)
+            real = mask[:, :, None]
             token = (regions * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)             # [B, 1, F]
             token_box = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4)
         features = torch.cat([token, regions], 1)                                                 # [B, 1 + R, F]
@@ -155,9 +155,9 @@ class TGDT(nn.Module):
 def first_layers(bert: nn.Module, layers: int) -> nn.Module:
     """Cut BERT to its first `layers` layers (TGDT, word encoder: six).
 
-    The output is then the full model's hidden state of that number. Raises ValueError if BERT has fewer layers.
+    The output is then the full model's hidden state of that number. Raises ValueError if BERT does not have so many.
     """
-    if layers > len(bert.encoder.layer):
+    if not 1 <= layers <= len(bert.encoder.layer):
         raise ValueError(f"the text encoder has {len(bert.encoder.layer)} layers, {layers} were asked for")
     bert.encoder.layer = bert.encoder.layer[:layers]
     bert.config.num_hidden_layers = layers

@@ -43,6 +43,7 @@ def enhance(regions: Tensor, mask: Tensor, guide: Tensor, sharpness: float = 1.0
     regions [B, R, F], mask [B, R] bool, guide [B, F] of unit length; sharpness is the paper's lambda.
     Returns [B, R, F].
     """
+    guide = guide.to(regions.dtype)  # a unit vector is always in float32 or better
     agreement = sharpness * (regions @ guide[:, :, None]).squeeze(2)                                # [B, R]
     attention = F.normalize(agreement.masked_fill(~mask, float("-inf")).softmax(1), dim=1)          # [B, R]
     return regions + attention[:, :, None] * guide[:, None, :]
@@ -76,8 +77,8 @@ class SelfGuidedEnhancement(nn.Module):
         """
         if self.fixed_regions and (regions.shape[1] != self.fixed_regions or not mask.all()):
             fewest, most = mask.sum(1).aminmax()
-            found = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-            raise ValueError(f"this SGE wants exactly {self.fixed_regions} regions per image, found {found}")
+            raise ValueError(f"this SGE wants exactly {self.fixed_regions} regions per image, found {fewest} to {most} "
+                             f"in {regions.shape[1]} places")
         mean = (regions * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)                      # [B, F]
         if self.fixed_regions:
             local = self.local_norm(self.local(regions))
@@ -238,7 +239,7 @@ class MomentumContrast(nn.Module):
     r = min(momentum, 1 - 1 / (steps + 1)), and the copy is at first the mean of what the model has been.
     """
 
-    def __init__(self, model: nn.Module, dim: int, length: int = 2048, momentum: float = 0.999, warm: bool = True):
+    def __init__(self, model: nn.Module, dim: int, length: int = 2048, momentum: float = 0.999, warm: bool = False):
         super().__init__()
         self.momentum, self.warm = momentum, warm
         self.encoder = copy.deepcopy(model).requires_grad_(False)

@@ -5,11 +5,12 @@
     python benchmarks/ablations.py speed
     python benchmarks/ablations.py table --out DIR
 
-`train` trains all arms of arms.py that have no results in DIR yet, seed by seed, each in a process of its own. You can
-stop it and start it again at any time. `--arms "tgdt; user, no guide, --queue 512"` takes some arms, `--seeds 0,1` some
-seeds, and all other flags go to train.py. `speed` compares a matcher by cross-attention with two-stage search. `table`
-adds the results in DIR to benchmarks/ablations.csv, which holds all results, and prints the tables. Without --out it
-prints what the file holds. --courses also prints rsum after each epoch, and --draw draws the claims.
+`train` trains the arms of a budget that have no results in DIR yet, seed by seed, each in a process of its own. You can
+stop it and start it again at any time. It takes the arms of benchmarks/ablations.csv, or `--arms "tgdt; user, no guide,
+--queue 512"`. `--seeds 0,1` takes some seeds, and all other flags go to train.py. `speed` compares a matcher by
+cross-attention with two-stage search. `table` adds the results in DIR to benchmarks/ablations.csv, which holds all
+results, and prints the tables. Without --out it prints what the file holds. --courses also prints rsum after each
+epoch, and --draw draws the claims.
 
 There are three budgets. "flickr8k" is the smallest one in which all arms can be trained on two cores: BERT is frozen,
 without dropout and noise, so each caption passes it once for all arms, and a batch holds all five captions of its
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arms import ARMS, BUDGETS, CLAIMS, MODELS, ONLY_PHOTOGRAPHS, OURS, changes_of, remember, split_arm
+from arms import ARMS, BUDGETS, CLAIMS, MODELS, OURS, changes_of, remember, split_arm
 
 import retrieve
 import train
@@ -143,9 +144,7 @@ def twins(run: Run) -> list[dict]:
 
 def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
     """Train the arms one after the other, each in a process of its own with a log in its folder."""
-    arms = args.arms or (MODELS if args.budget == "flickr8k-full" else ARMS)
-    if not args.arms and args.budget == "scenes":
-        arms = [arm for arm in arms if not any(name in arm for name in ONLY_PHOTOGRAPHS)]
+    arms = args.arms or dict.fromkeys(row["arm"] for row in read_rows(RESULTS) if row["budget"] == args.budget)
     for seed in args.seeds:
         for arm in arms:
             out = args.out / args.budget / re.sub("[^a-z0-9.]+", "-", f"{arm} {seed}".lower())
@@ -264,6 +263,7 @@ def table(args: argparse.Namespace) -> None:
                             "shown?", "seeds", rows=[claim(idea, pairs) for idea, pairs in found.items()])
         if args.draw:
             draw(budget, compare(rows, budget, CLAIMS), HERE.parent / "docs" / f"claims-{budget}.png")
+        print_halves(rows, budget)
         print_arms(rows, budget)
         print_searches(rows, budget)
         print_twins(rows, budget)
@@ -281,6 +281,16 @@ def claim(idea: str, pairs: list[tuple[dict, dict]]) -> list[str | int]:
     sides = [spread([float(pair[side]["rsum"]) for pair in pairs]) for side in (0, 1)]
     return [idea, *sides, *(spread(gains_in(column, pairs), "+") for column in ("rsum", "i2t_r1", "t2i_r1")),
             verdict(gains), len(pairs)]
+
+
+def print_halves(rows: list[dict], budget: str) -> None:
+    """What each idea gains on each half of val, so that a choice by the one can be checked on the other."""
+    halves = [compare(rows, budget, {idea: [f"{': '.join(split_arm(arm))}, {half} half" for arm in arms]
+                                     for idea, arms in CLAIMS.items()}) for half in ("first", "second")]
+    if halves[0]:
+        print_table("claim", "gained on the first half", "on the second half", "shown on the second half?", "seeds",
+                    rows=[[idea, *(spread(gains_in("rsum", half[idea]), "+") for half in halves),
+                           verdict(gains_in("rsum", halves[1][idea])), len(halves[1][idea])] for idea in halves[0]])
 
 
 def print_arms(rows: list[dict], budget: str) -> None:
@@ -309,9 +319,9 @@ def print_searches(rows: list[dict], budget: str) -> None:
                 lines.append([k, spread([float(a["rsum"]) for a, _ in pairs]), *(
                     spread(gains_in(column, pairs), "+") for column in ("rsum", "i2t_r1", "t2i_r1")), spread(faster)])
         if lines:
-            print_table(f"3 shortlist ({model})", "rsum", "against all", "R@1 image to text", "R@1 text to image",
-                        "times as fast", rows=[["all", spread([float(row["rsum"]) for row in whole.values()]),
-                                                "", "", "", "1.0"], *lines])
+            everything = spread([float(row["rsum"]) for row in whole.values()])
+            print_table(f"3 shortlist ({model}, {len(whole)} seeds)", "rsum", "against all", "R@1 image to text",
+                        "R@1 text to image", "times as fast", rows=[["all", everything, "", "", "", "1.0"], *lines])
             cells = []
             for weight in WEIGHTS:
                 found = by_seed(rows, budget, model, f"weight {weight:g}").values()
@@ -419,10 +429,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--budget", choices=BUDGETS, default="scenes")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--arms", type=lambda text: [part.strip() for part in text.split(";")],
-                        help="some arms, separated by semicolons; all: " + "; ".join(ARMS))
+                        help="some arms, separated by semicolons; of the claims: " + "; ".join(ARMS))
     parser.add_argument("--courses", action="store_true", help="print rsum after each epoch, too")
     parser.add_argument("--draw", action="store_true", help="draw the claims into docs/")
     args, more_flags = parser.parse_known_args(argv)
+    if args.command == "table" and args.out and not args.out.is_dir():
+        parser.error(f"--out {args.out}: there is no such folder")
     if args.command == "speed":
         speed()
     elif args.command == "table":

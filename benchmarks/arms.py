@@ -172,7 +172,8 @@ def boxes_as_features(run: Run) -> Run:
         split.features = InMemory(found.path, np.concatenate([found.regions, geometry], 2), found.boxes)
     run.model = models.build(run.settings, run.model.bert, run.inputs["feature_dim"] + 5).to(run.device)
     old, dim = run.momentum, run.settings.architecture.dim
-    run.momentum = user.MomentumContrast(run.model, dim, len(old.image_queue.owner), old.momentum).to(run.device)
+    run.momentum = user.MomentumContrast(run.model, dim, len(old.image_queue.owner), old.momentum, old.warm)
+    run.momentum.to(run.device)
     return run
 
 
@@ -439,7 +440,6 @@ CHANGES = {
 }
 AS_RELEASED = ("user, fixed regions, reward floor, batch unmasked, queue unmasked, keys in training, cold momentum, "
                "full queue, shuffle, released rates")
-ONLY_PHOTOGRAPHS = ("stand-in for CLIP", "fixed regions")
 
 UNTAUGHT = "unified, averaged, --distill 0"  # the unified model without a teacher
 
@@ -494,10 +494,23 @@ CLAIMS = {
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
     # With BERT fine-tuned, and on the scenes, where the unified model's preset has a temperature of 0.01:
     "10 small preset: the unified model, or TGDT": ("unified", "tgdt"),
+    "10 small preset: the unified model, or TGDT; after eight epochs": (
+        "unified: epoch 8", "tgdt, --epochs 8: epoch 8"),
+    "10 small preset: the unified model, or TGDT with InfoNCE and a teacher; after five epochs": (
+        "unified: epoch 5", "tgdt, InfoNCE, distilled, --epochs 5: epoch 5"),
     "10 small preset: the unified model, or TGDT with InfoNCE": ("unified", "tgdt, InfoNCE, --temperature 0.01"),
     "10 small preset: the unified model, or USER": ("unified", "user"),
     "10 small preset: the unified model, or USER with InfoNCE": ("unified", "user, InfoNCE, --temperature 0.01"),
     "10 small preset: the unified model, or USER with InfoNCE and a teacher": ("unified", "user, InfoNCE, distilled"),
+    "10 small preset: USER, or TGDT; after eight epochs": ("user: epoch 8", "tgdt, --epochs 8: epoch 8"),
+    "10 small preset: USER, or TGDT, both with InfoNCE and a teacher; after five epochs": (
+        "user, InfoNCE, distilled: epoch 5", "tgdt, InfoNCE, distilled, --epochs 5: epoch 5"),
+    "10 small preset: InfoNCE and a teacher beside CMC, or neither; both TGDT, after five epochs": (
+        "tgdt, InfoNCE, distilled, --epochs 5: epoch 5", "tgdt, --epochs 8: epoch 5"),
+    "10 small preset: InfoNCE and a teacher beside UTO, or neither; both USER": ("user, InfoNCE, distilled", "user"),
+    "10 small preset: TGDT re-ranked, or its coarse level alone": ("tgdt, --epochs 8", "tgdt, --epochs 8: global"),
+    "10 small preset: TGDT with InfoNCE and a teacher re-ranked, or its coarse level alone": (
+        "tgdt, InfoNCE, distilled, --epochs 5", "tgdt, InfoNCE, distilled, --epochs 5: global"),
     "10 small preset: its coarse level, or that of USER with InfoNCE and a teacher": (
         "unified: global", "user, InfoNCE, distilled"),
     "10 small preset: re-ranked, or its coarse level alone": ("unified", "unified: global"),
@@ -511,6 +524,8 @@ CLAIMS = {
         f"{UNTAUGHT}: global", "user, no guide, averaged, InfoNCE"),
     "10 untaught: re-ranked, or its coarse level alone": (UNTAUGHT, f"{UNTAUGHT}: global"),
     "10 untaught: with a fine level, or the plain tokens alone": (UNTAUGHT, f"{UNTAUGHT}, plain tokens alone"),
+    "10 untaught: the plain tokens alone, coarse, or USER with InfoNCE": (
+        f"{UNTAUGHT}, plain tokens alone: global", "user, no guide, averaged, InfoNCE"),
     "10 untaught: InfoNCE on the plain tokens too, or not; one layer": (
         f"{UNTAUGHT}, --local-layers 1", f"{UNTAUGHT}, --local-layers 1, fine tokens alone"),
     "10 untaught: two layers in the fine level, or one": (UNTAUGHT, f"{UNTAUGHT}, --local-layers 1"),

@@ -51,7 +51,7 @@ def measure(name: str, precision: str, batch: dict[str, torch.Tensor], steps: in
                      add_pooling_layer=False)
     model = models.build(chosen, bert, 1280).to(DEVICE).train()
     queue = chosen.momentum.queue if name != "tgdt" else 0
-    momentum = MomentumContrast(model, chosen.architecture.dim, queue, chosen.momentum.momentum).to(DEVICE)
+    momentum = MomentumContrast(model, chosen.architecture.dim, queue, chosen.momentum.momentum, True).to(DEVICE)
     optimizer, taken = train.make_optimizer(model, chosen.training), []
 
     def timed(phase: str, work, *args):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -116,7 +117,8 @@ def parser(shown: settings.Settings) -> Parser:
             elif known.choices:
                 how = {"choices": known.choices}
             else:
-                how = {"type": not_empty if known.optional else known.type,
+                names = known.optional or name in ("text_encoder", "clip_model")
+                how = {"type": not_empty if names else known.type,
                        "metavar": {int: "N", float: "X", str: "TEXT"}[known.type]}
             titled.add_argument(settings.flag(name), help=note, default=None, **how)
     other = out.add_argument_group("Everything else")
@@ -163,10 +165,9 @@ def parse(argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
 
 def lengths(text: str) -> list[int]:
     """An option's "10,20,50" -> [10, 20, 50]."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return sorted(set(values))
+    if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", text) or 0 in (values := set(map(int, text.split(",")))):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers from 1 on, with commas between them")
+    return sorted(values)
 
 
 def place(text: str) -> Path | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from sources.files import BadInput, explained, read_weights
@@ -49,8 +49,9 @@ def load_tgdt(path: str | Path, text_config: BertConfig | None = None) -> TGDT:
                      region_layers=image["transformer-layers"], local_layers=joint["layers"],
                      global_layers=joint["layers"])
         bert = first_layers(BertModel(text_config or BertConfig()), text["extraction-hidden-layer"])
-    model = TGDT(bert, **sizes, zero_image_token=True)
-    return fill(model, path, renamed(weights, TGDT_NAMES))
+        model = TGDT(bert, **sizes, zero_image_token=True)
+        weights = renamed(weights, TGDT_NAMES)
+    return fill(model, path, weights)
 
 
 def load_user(path: str | Path, text_config: BertConfig | None = None) -> USER:
@@ -58,18 +59,19 @@ def load_user(path: str | Path, text_config: BertConfig | None = None) -> USER:
     expected = "a released USER checkpoint"
     checkpoint = read_weights(Path(path), expected, allowed=(argparse.Namespace,))
     with explained(path, expected):
-        (image, text), sharpness = checkpoint["model"], checkpoint["opt"].attention_lamda
+        (image, text), sharpness = checkpoint["model"], float(checkpoint["opt"].attention_lamda)
         dim, feature_dim = image["fc.weight"].shape
         regions = len(image["v_sa.embedding_local.1.weight"])
+        weights = renamed(image, USER_IMAGE_NAMES) | renamed(text, USER_TEXT_NAMES)
     guide = SelfGuidedEnhancement(feature_dim, sharpness=sharpness, fixed_regions=regions)
     model = USER(BertModel(text_config or BertConfig(), add_pooling_layer=False), feature_dim, dim, guide)
-    return fill(model, path, renamed(image, USER_IMAGE_NAMES) | renamed(text, USER_TEXT_NAMES))
+    return fill(model, path, weights)
 
 
 def renamed(weights: dict, names: dict[str, str]) -> dict:
-    """Their weights under our names; `names` maps the beginnings."""
+    """Their weights under our names; `names` maps the beginnings. What is not a tensor is left out."""
     return {ours + name.removeprefix(theirs): weight for name, weight in weights.items()
-            for theirs, ours in names.items() if name.startswith(theirs)}
+            for theirs, ours in names.items() if name.startswith(theirs) and isinstance(weight, Tensor)}
 
 
 def fill(model: nn.Module, path: str | Path, weights: dict) -> nn.Module:

@@ -152,8 +152,9 @@ def table(result: dict) -> str:
 
 
 def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool = False) -> None:
-    """A line of JSON, or a table: the score and what it is made of."""
+    """A line of JSON, or a table: the score and what it is made of, a local part only if the model is `fine`."""
     if as_json:
+        found = [item if fine else {name: item[name] for name in item if name != "local"} for item in found]
         utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
         print(json.dumps({"query": query, "found": found}, ensure_ascii=not utf8), flush=True)
         return

@@ -264,8 +264,9 @@ def check_search(args: argparse.Namespace) -> list[str]:
         if str(args.queries) != "-":
             return layouts.read_captions(args.queries)
     with explained("standard input" if args.queries else "the caption", "text in UTF-8"):
-        captions = [line.strip() for line in sys.stdin if line.strip()] if args.queries else [args.caption]
-        "".join(filter(None, captions)).encode()  # raises an error for bytes that are not text
+        lines = sys.stdin.buffer.read().decode().split("\n") if args.queries else []
+        captions = [line.strip() for line in lines if line.strip()] if args.queries else [args.caption]
+        (args.caption or "").encode()  # raises an error for bytes that are not text
     if not captions or args.image is None and not captions[0].strip():
         raise BadInput("the caption is empty")
     return captions

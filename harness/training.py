@@ -223,9 +223,9 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
         if last["train_data"] != train_data:
             raise BadInput(f"{out} was trained on other captions or features than those in {root or 'the scenes'} now")
     model = models.build(settings, bert, feature_dim, (seen["clip"] or {}).get("dim", 0)).to(where)
-    momentum, queue = None, settings.momentum.queue if settings.run.model != "tgdt" else 0
-    if queue or settings.momentum.keep == "momentum":
-        momentum = MomentumContrast(model, settings.architecture.dim, queue, settings.momentum.momentum).to(where)
+    momentum, of = None, settings.momentum
+    if (queue := of.queue if settings.run.model != "tgdt" else 0) or of.keep == "momentum":
+        momentum = MomentumContrast(model, settings.architecture.dim, queue, of.momentum, warm=True).to(where)
     words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
     if torchrun.number() == 0 and not known:
         with explained(out / "tokenizer", "a folder that can be written"):

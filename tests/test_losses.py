@@ -72,6 +72,18 @@ def test_hinge_wants_a_square_and_a_known_word():
         losses.hinge(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="hardest"):
         losses.hinge(torch.zeros(2, 2), negatives="some")
+    for loss in (losses.uto_batch, losses.info_nce):
+        with pytest.raises(ValueError, match="square"):
+            loss(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cmc_of_half_precision_is_computed_in_float32(dtype):
+    """The sum over 4,000 pairs is beyond float16."""
+    similarity = torch.linspace(-1, 1, 16).to(dtype).repeat(250)[:, None] + torch.zeros(4000, dtype=dtype)
+    assert losses.hinge(similarity, margin=20.0) == losses.hinge(similarity.float(), margin=20.0) > 65504
+    images, texts = (F.normalize(torch.randn(50, 8), dim=1).to(dtype) for _ in range(2))
+    assert losses.cmc(images, texts).dtype == torch.float32
 
 
 def test_intra_consistency_by_hand():
@@ -240,8 +252,8 @@ def test_info_nce_leaves_out_the_other_true_pairs():
 def test_info_nce_of_half_precision_is_computed_in_float32(dtype):
     similarity = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
-    found = losses.info_nce(similarity, 0.01, positives, teacher=similarity.T, distill=0.5)
-    want = losses.info_nce(similarity.double(), 0.01, positives, teacher=similarity.T.double(), distill=0.5)
+    found = losses.info_nce(similarity, 1e-5, positives, teacher=similarity.T, distill=0.5)  # 1 / 1e-5 is infinite
+    want = losses.info_nce(similarity.double(), 1e-5, positives, teacher=similarity.T.double(), distill=0.5)
     assert torch.isclose(found.double(), want, rtol=1e-5)
 
 

@@ -15,6 +15,7 @@ import losses
 import tgdt
 import user
 from harness import models, released
+from sources.files import BadInput
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -55,6 +56,13 @@ def test_what_is_not_a_checkpoint_of_tgdt_is_refused_by_name(tmp_path):
     torch.save({"model": {}}, other)
     with pytest.raises(ValueError, match="other.pth.tar"):
         released.load_tgdt(other)
+    whole = torch.load(PARITY / "tgdt_released_tiny.pth.tar", weights_only=False)
+    for group, name, value in (("model", "embed-size", 7), ("model", "dropout", 3.0),
+                               ("text-model", "extraction-hidden-layer", -1)):
+        config = {**whole["config"], group: {**whole["config"][group], name: value}}
+        torch.save({**whole, "config": config}, other)
+        with pytest.raises(BadInput, match="other.pth.tar: expected a released TGDT checkpoint"):
+            released.load_tgdt(other, BertConfig(**TINY_BERT))
     with pytest.raises(ValueError, match="expected"):  # the tiny BERT is not bert-base
         released.load_tgdt(PARITY / "tgdt_released_tiny.pth.tar")
 

@@ -118,6 +118,7 @@ def test_padded_tokens_are_held_packed():
     tokens, mask = unit(5, 3, 8, seed=1), torch.arange(3) < torch.randint(1, 4, (5, 1), generator=g)
     given = Embeddings("text", unit(5, 8, seed=0), tokens, mask)
     assert torch.equal(given.tokens, tokens[mask]) and given.offsets.diff().tolist() == mask.sum(1).tolist()
+    assert torch.equal(Embeddings("text", given.globals, tokens, mask.long()).tokens, given.tokens)
     again, again_mask = given.padded()
     assert torch.equal(again_mask, mask[:, : again_mask.shape[1]]) and torch.equal(again[again_mask], tokens[mask])
     part = given[torch.tensor([4, 2, 2])]
@@ -138,8 +139,12 @@ def test_one_query_no_corpus_no_tokens(corpus):
     assert [found.shape for found in retrieve.search(texts[nothing], images, shortlist=4)] == [(0, 4), (0, 4)]
     with pytest.raises(ValueError, match="empty"):
         retrieve.search(texts, images[nothing])
-    with pytest.raises(ValueError, match="kind"):
-        retrieve.search(texts, texts)
+    for kinds in (("text", "text"), ("caption", "image"), ("image", "image")):
+        with pytest.raises(ValueError, match="one side should be 'image', the other 'text'"):
+            retrieve.search(*(Embeddings(kind, texts.globals) for kind in kinds))
+    without = Embeddings("text", texts.globals)
+    image_of = torch.arange(len(texts)) % len(images)
+    assert retrieve.evaluate(images, without, image_of).keys() == {"global", "seconds"}
     with pytest.raises(ValueError, match="at least one"):
         retrieve.search(texts, images, shortlist=0)
     for search in (retrieve.search, engines.search):
@@ -174,6 +179,12 @@ def test_ranks_by_hand():
 def test_captions_an_image_may_differ_in_number():
     similarity = torch.eye(3)[:, [0, 0, 0, 0, 1, 2, 2]]
     assert retrieve.recall(similarity, torch.tensor([0, 0, 0, 0, 1, 2, 2]))["rsum"] == 600
+
+
+def test_scores_of_another_shape_are_refused():
+    for scores in (torch.zeros(3, 5), torch.ones(3)):
+        with pytest.raises(ValueError, match="do not fit"):
+            retrieve.recall(scores, torch.tensor([0]))
 
 
 def test_a_constant_similarity_scores_nothing():

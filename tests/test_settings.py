@@ -1,4 +1,5 @@
 """Settings, presets and their checks; the command line made of them; the models that they describe."""
+import argparse
 import inspect
 import json
 import math
@@ -264,6 +265,7 @@ def test_the_command_line_is_read_without_torch():
     (["--epoch", "5"], "--epochs"), (["--learning-rte=1"], ""), (["--datset", "coco"], "--dataset"),
     (["--batchsize", "8"], "--batch-size"), (["--dataset", "flickr"], "flickr30k"), (["--lr", "fast"], "--lr"),
     (["--workers", "-1"], "from 0 to 256"), (["--optimizer", "adam"], ""), (["--xyz", "a\nb"], ""),
+    (["--text-encoder", ""], "found nothing"), (["--clip-model", ""], "found nothing"),
 ])
 def test_a_mistake_in_a_flag_takes_two_lines(arguments, said, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -278,6 +280,13 @@ def test_the_parser_knows_the_flags_of_its_commands(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["search", "--querys", "x"])
     assert "did you mean --queries?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a,b", "10,,20", "0,5", "", "1.5"])
+def test_lengths_of_shortlists_are_whole_numbers(text):
+    assert flags.lengths("20,10,20") == [10, 20]
+    with pytest.raises(argparse.ArgumentTypeError, match="whole numbers from 1 on"):
+        flags.lengths(text)
 
 
 def test_the_command_line_in_parts(tmp_path, monkeypatch):

@@ -99,5 +99,6 @@ def test_the_first_layers_of_bert_give_its_hidden_state(model):
     with torch.inference_mode():
         want = bert(input_ids=ids, output_hidden_states=True).hidden_states[3]
         assert torch.allclose(tgdt.first_layers(bert, 3)(input_ids=ids).last_hidden_state, want, atol=1e-6)
-    with pytest.raises(ValueError, match="3 layers"):
-        tgdt.first_layers(bert, 4)
+    for layers in (4, 0, -1):
+        with pytest.raises(ValueError, match="3 layers"):
+            tgdt.first_layers(bert, layers)

@@ -168,7 +168,7 @@ def test_the_momentum_copy_is_the_teacher():
     """`batch_loss` with --distill is the model's loss with what the copy encodes as the teacher."""
     chosen = settings.make({"model": "tgdt-user", "distill": 0.5, "queue": 0, "keep": "momentum"})
     model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
-    momentum = user.MomentumContrast(model, 8, 1, momentum=1.0, warm=False)  # keeps what it is
+    momentum = user.MomentumContrast(model, 8, 1, momentum=1.0)  # keeps what it is
     for weight in momentum.encoder.parameters():
         weight.data += 0.1
     sides, row = encoded(model, batch), batch["image_row"]

@@ -58,6 +58,16 @@ def test_enhancement_by_hand():
     assert torch.allclose(user.enhance(regions, mask, guide, sharpness=2.0), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_regions_in_half_precision_are_enhanced_in_it(dtype):
+    torch.manual_seed(0)
+    regions, mask = torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)
+    sge = user.SelfGuidedEnhancement(4).eval()
+    want = sge(regions, mask)
+    found = sge.to(dtype)(regions.to(dtype), mask)
+    assert found.dtype == dtype and torch.allclose(found.float(), want, atol=0.05)
+
+
 def test_sge_equals_its_definition_region_by_region():
     torch.manual_seed(0)
     sge = make_model().guide.eval()
@@ -246,7 +256,7 @@ def test_a_queue_can_be_added_to_between_a_loss_and_its_gradient():
 
 def test_momentum_update_by_hand_parameters_and_buffers():
     model = make_model()
-    momentum = user.MomentumContrast(model, 8, 16, momentum=0.9, warm=False)
+    momentum = user.MomentumContrast(model, 8, 16, momentum=0.9)
     before = {name: value.clone() for name, value in momentum.encoder.state_dict().items()}
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -263,7 +273,7 @@ def test_momentum_update_by_hand_parameters_and_buffers():
 
 def test_a_warm_momentum_encoder_is_the_mean_of_what_the_model_has_been():
     model = make_model()
-    momentum = user.MomentumContrast(model, 8, 16, momentum=0.999)
+    momentum = user.MomentumContrast(model, 8, 16, momentum=0.999, warm=True)
     with torch.no_grad():
         for value in (5.0, 1.0, 3.0):
             model.project.bias.fill_(value)
