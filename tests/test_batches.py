@@ -127,6 +127,15 @@ def test_epoch_batches(each):
     assert all(batches != other for other in others)
 
 
+def test_the_order_of_the_images_and_the_captions_that_meet_differ_by_epoch():
+    image_of = np.repeat(np.arange(40), 4)
+    epochs = [data.epoch_batches(image_of, 8, 2, seed=0, epoch=epoch) for epoch in (0, 1)]
+    pairs = [[batch[place : place + 2] for batch in batches for place in (0, 2, 4, 6)] for batches in epochs]
+    images = [[int(image_of[one]) for one, _ in each[:40]] for each in pairs]  # in the order of the first round
+    assert images[0] != images[1] and sorted(images[0]) == list(range(40)) != images[0]
+    assert set(map(frozenset, pairs[0])) != set(map(frozenset, pairs[1]))
+
+
 def test_epoch_batches_of_images_with_different_numbers_of_captions():
     counts = np.arange(12) % 6  # none to five; two images have no caption at all
     image_of = np.repeat(np.arange(12), counts)

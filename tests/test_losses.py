@@ -93,6 +93,14 @@ def test_intra_consistency_by_hand():
     assert losses.intra_consistency(images, images).item() == 0
 
 
+def test_cmc_is_the_sum_of_its_parts():
+    images, texts, local = random_tokens(3, 6), random_tokens(3, 6, seed=1), random_tokens(3, 3, seed=5)
+    positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    parts = (losses.hinge(images @ texts.T, 0.4, positives, "mean") + losses.hinge(3 * local, 0.4, positives, "mean")
+             + losses.intra_consistency(images, texts, 0.1))
+    assert losses.cmc(images, texts, local, positives, 0.4, 0.1, 3.0, "mean") == parts
+
+
 def test_local_similarity_equals_three_loops():
     regions, words = random_tokens(3, 5, 8), random_tokens(4, 6, 8, seed=1)
     region_mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
@@ -169,7 +177,6 @@ def test_uto_on_a_batch_equals_its_formula_term_by_term():
 def test_uto_is_stable_where_the_exponential_overflows(dtype):
     """s = 1 and mu = 90 everywhere: e^45 is beyond float16, the loss and its gradient are not."""
     similarity = torch.ones(4, 4, dtype=dtype, requires_grad=True)
-    assert torch.exp(torch.tensor(45.0, dtype=torch.float16)).isinf()
     loss = losses.uto_batch(similarity)
     want = 2 * (np.log1p(3 * np.exp(45.0)) / 90) - np.log(2)
     assert loss.item() == pytest.approx(want, abs=1e-6)
@@ -215,6 +222,34 @@ def test_without_its_floor_the_reward_pulls_up_pairs_that_start_below_zero():
     assert abs(loss.item()) < 1e-15 and torch.autograd.grad(loss, apart)[0].abs().max() < 1e-15
     slope, = torch.autograd.grad(losses.uto_batch(apart, reward_floor=False), apart)
     assert torch.allclose(slope, -torch.eye(4).double() / 4)
+
+
+@pytest.mark.parametrize("floor, want", [(False, 0.6), (True, 0.0)])
+def test_uto_on_a_queue_by_hand(floor, want):
+    """The pair has similarity -0.6. The negative has 0, far below gamma = 1, so the reward is all that counts."""
+    query, key, queue = torch.tensor([[1.0, 0.0]]), torch.tensor([[-0.6, 0.8]]), torch.zeros(1, 2)
+    loss = losses.uto_queue(query, key, queue, mu=1e4, gamma=1.0, reward_floor=floor)
+    assert loss.item() == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.parametrize("floor", [True, False])
+def test_uto_is_the_sum_of_its_parts(floor):
+    """An image meets the keys of captions, a caption those of images, each with its own mask."""
+    image, text, image_key, text_key = (random_tokens(3, 6, seed=seed) for seed in range(4))
+    image_queue, text_queue = random_tokens(5, 6, seed=4), random_tokens(5, 6, seed=5)
+    own = torch.eye(3, 5, dtype=torch.bool)
+    keys = losses.Keys(image_key, text_key, image_queue, text_queue, own, own.flip(1))
+    positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    parts = (3 * losses.uto_batch(image @ text.T, 6.0, 0.1, positives, floor)
+             + losses.uto_queue(image, text_key, text_queue, 6.0, 0.1, own.flip(1), floor)
+             + losses.uto_queue(text, image_key, image_queue, 6.0, 0.1, own, floor))
+    assert losses.uto(image, text, keys, positives, 6.0, 0.1, 3.0, floor) == parts
+
+
+def test_gradients_of_uto_on_a_queue_flow_into_the_queries_alone():
+    queries, keys, queue = (random_tokens(2, 6, seed=seed).requires_grad_() for seed in range(3))
+    losses.uto_queue(queries, keys, queue, gamma=-1.0).backward()
+    assert queries.grad.abs().min() > 0 and keys.grad is None and queue.grad is None
 
 
 def test_uto_gradients():
@@ -265,6 +300,12 @@ def test_info_nce_with_a_teacher_by_hand():
     assert losses.info_nce(similarity, 1.0, teacher=torch.zeros(2, 2), distill=0.0) == losses.info_nce(similarity, 1.0)
 
 
+def test_a_teacher_gets_no_gradient():
+    similarity, teacher = (random_tokens(3, 3, seed=seed).requires_grad_() for seed in (0, 1))
+    losses.info_nce(similarity, 0.5, teacher=teacher, distill=0.5).backward()
+    assert similarity.grad.abs().min() > 0 and teacher.grad is None
+
+
 def test_a_model_that_agrees_with_its_teacher_learns_nothing_from_it():
     """With distill = 1 the gradient is 0 where the two agree, and other true pairs take no part in the teacher."""
     rng = torch.Generator().manual_seed(3)
@@ -278,7 +319,7 @@ def test_a_model_that_agrees_with_its_teacher_learns_nothing_from_it():
     assert torch.autograd.gradcheck(lambda s: losses.info_nce(s, 0.5, positives, other, 0.3), similarity)
 
 
-# ------------------------------------------------------------------------------------------------ one loss a model
+# ---------------------------------------------------------------------------------------------- one loss per model
 
 
 def encoded(rows: int, length: int, seed: int) -> tgdt.Encoded:
@@ -286,8 +327,8 @@ def encoded(rows: int, length: int, seed: int) -> tgdt.Encoded:
     return tgdt.Encoded(random_tokens(rows, 6, seed=seed), random_tokens(rows, length, 6, seed=seed + 1), mask)
 
 
-def test_one_loss_a_model_knows_which_captions_share_an_image():
-    """Three captions, two images: each loss equals its parts on matrices with a row a caption."""
+def test_the_loss_of_each_model_knows_which_captions_share_an_image():
+    """Three captions, two images: each loss equals its parts on matrices with one row per caption."""
     images, texts, row = encoded(2, 4, seed=0), encoded(3, 5, seed=7), torch.tensor([1, 0, 1])
     positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
     local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, "mean")[row]

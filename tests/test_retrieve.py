@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import unit
 
+import data
 import losses
 import retrieve
+import tgdt
 from harness import engines
 from retrieve import Embeddings
 
@@ -155,13 +157,33 @@ def test_one_query_no_corpus_no_tokens(corpus):
         Embeddings("image", images.globals, images.padded()[0])
 
 
-def test_the_whole_shortlist_is_the_exhaustive_mixed_similarity(corpus):
+class Echo(torch.nn.Module):
+    """Its tokens are the ids of the word pieces, its global vector is the first of them."""
+
+    def encode_texts(self, batch: dict) -> tgdt.Encoded:
+        assert not self.training
+        ids = batch["word_ids"].float()
+        return tgdt.Encoded(ids[:, :1], ids[:, :, None], batch["word_mask"])
+
+
+def test_captions_are_encoded_without_dropout_and_come_back_in_their_own_order():
+    words = [np.array(ids, np.int32) for ids in ([7, 1, 1], [5], [6, 2])]
+    texts = retrieve.encode(Echo(), data.text_batches(words, 2), "text", 3)
+    assert texts.globals.tolist() == [[7], [5], [6]]
+    assert [texts.tokens_of(torch.tensor([row])).flatten().tolist() for row in range(3)] == [[7, 1, 1], [5], [6, 2]]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_whole_shortlist_is_the_exhaustive_mixed_similarity(corpus, reduction, monkeypatch):
+    """Also if the local similarities are computed in several blocks."""
+    monkeypatch.setattr(retrieve, "BLOCK", 2_000)
     images, texts = corpus
-    image_of = torch.arange(31) % 12
-    result = retrieve.evaluate(images, texts, image_of, shortlist=(31, 12), weight=0.7)
-    assert result["two_stage"] == result["mixed"]
-    local = losses.local_similarity(*images.padded(), *texts.padded())
-    assert torch.allclose(retrieve.local_matrix(images, texts), local, atol=1e-6)
+    image_of, dots = torch.arange(31) % 12, images.globals @ texts.globals.T
+    local = losses.local_similarity(*images.padded(), *texts.padded(), reduction)
+    assert torch.allclose(retrieve.local_matrix(images, texts, reduction), local, atol=1e-6)
+    result = retrieve.evaluate(images, texts, image_of, (31, 12), 0.7, reduction)
+    assert result["global"] == retrieve.recall(dots, image_of) and result["local"] == retrieve.recall(local, image_of)
+    assert result["two_stage"] == result["mixed"] == retrieve.recall(dots + 0.7 * local, image_of)
 
 
 def test_ranks_by_hand():
@@ -176,7 +198,13 @@ def test_ranks_by_hand():
     assert out["rsum"] == pytest.approx(500.0)
 
 
-def test_captions_an_image_may_differ_in_number():
+def test_metrics_by_hand():
+    assert retrieve.metrics(torch.tensor([1, 5, 6, 10, 11]), torch.tensor([1, 1, 2, 100])) == {
+        "i2t": {"r1": 20, "r5": 40, "r10": 80, "median_rank": 6, "mean_rank": 6.6},
+        "t2i": {"r1": 50, "r5": 75, "r10": 75, "median_rank": 1.5, "mean_rank": 26}, "rsum": 340}
+
+
+def test_captions_per_image_may_differ_in_number():
     similarity = torch.eye(3)[:, [0, 0, 0, 0, 1, 2, 2]]
     assert retrieve.recall(similarity, torch.tensor([0, 0, 0, 0, 1, 2, 2]))["rsum"] == 600
 

@@ -83,12 +83,23 @@ def test_the_order_of_regions_does_not_matter_but_the_boxes_do(model):
     assert not torch.allclose(first.globals, third.globals, atol=1e-3)
 
 
-def test_token_guidance_both_losses_train_every_part(model):
+def test_the_image_token_is_the_mean_real_region_in_a_box_around_the_whole_image(model):
+    batch, seen = make_batch(), []
+    watch = model.region_encoder.geometry.register_forward_pre_hook(lambda layer, given: seen.extend(given))
+    model.encode_images(batch)
+    watch.remove()
+    for row, mask in enumerate(batch["region_mask"]):
+        mean, box = batch["regions"][row][mask].mean(0), torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
+        assert torch.allclose(seen[0][row, 0], torch.cat([mean, box]), atol=1e-6)
+
+
+def test_the_global_loss_trains_every_part_below_it(model):
     """The released training path detaches the tokens; here the global loss reaches BERT and the region encoder."""
     images, texts = model.encode_images(make_batch()), model.encode_texts(make_batch())
     model.zero_grad()
     losses.hinge(images.globals @ texts.globals.T, margin=2.0).backward()
-    for part in (model.bert.encoder, model.region_encoder, model.image_branch.local_encoder):
+    for part in (model.bert.encoder, model.text_branch.local_encoder,
+                 model.region_encoder, model.image_branch.local_encoder):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters() if p.ndim > 1)
 
 
