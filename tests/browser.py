@@ -166,7 +166,7 @@ def test_one_run(runs, browser, tmp_path):
         assert taken.returncode == 2 and "--port" in taken.stderr and taken.stderr.count("\n") == 1
 
 
-def test_what_cannot_be_answered_is_told(runs, browser, tmp_path):
+def test_what_cannot_be_answered_is_reported(runs, browser, tmp_path):
     with opened(runs["tgdt"]) as address:
         browser.driver.get(address)
         browser.until(lambda: len(browser.all("ol.pictures li")) == 20)

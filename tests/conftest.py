@@ -3,15 +3,12 @@ import os
 import signal
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
-
-from harness import figures
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background, or nohup,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)               # has them ignore these signals, which some tests send
@@ -60,10 +57,16 @@ def flags(root, bert, tmp_path) -> list[str]:
             "--captions-per-image", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Let a run draw nothing. Drawing takes most of the time of a tiny run."""
+    for name in ("harness.report.draw", "harness.figures.curves"):
+        patch.setattr(name, lambda *given: None)
+
+
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
-    """Saves no pictures, which takes most of the time of a tiny run; for tests that are about something else."""
-    monkeypatch.setattr(figures, "save", lambda figure, path: plt.close(figure))
+    """For tests that are not about the pictures of a run."""
+    draw_nothing(monkeypatch)
 
 
 def save_clip(folder: Path, seed: int = 0, size: int = 16) -> Path:

@@ -115,7 +115,7 @@ def test_epoch_batches(each):
     image_of = np.random.default_rng(1).permutation(np.repeat(np.arange(40), 5))  # captions in any order
     batches = data.epoch_batches(image_of, 10, each, seed=3, epoch=7)
     captions = sum(batches, [])
-    groups = 40 * -(-5 // each)  # 2 captions an image in a round: 2, 2 and 1
+    groups = 40 * -(-5 // each)  # with two captions per image, the rounds take 2, 2 and 1
     assert len(batches) == groups // (10 // each)
     assert sorted(captions) == list(range(200))
     for batch in batches:
@@ -155,7 +155,7 @@ def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
     assert [len(batch) for batch in data.epoch_batches(image_of, 4, 1, 0, 0)] == [4, 4]
     assert [len(batch) for batch in data.epoch_batches(image_of, 5, 1, 0, 0)] == [5, 5]
     assert [len(batch) for batch in data.epoch_batches(image_of, 16, 1, 0, 0)] == [10]
-    assert [len(batch) for batch in data.epoch_batches(image_of, 5, 5, 0, 0)] == [5, 5]  # a caption an image
+    assert [len(batch) for batch in data.epoch_batches(image_of, 5, 5, 0, 0)] == [5, 5]  # one caption per image
     assert [len(batch) for batch in data.epoch_batches(image_of.repeat(5), 3, 5, 0, 0)] == [3] * 16  # one each
 
 

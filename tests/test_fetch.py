@@ -138,7 +138,7 @@ def test_the_addresses_are_well_formed():
 @pytest.mark.parametrize("fault, words", [
     ("gated", ["agree to its terms", "/datasets/nlphuji/flickr30k", "hf auth login"]),
     ("no repository", ["no such dataset"]), ("no file", ["no such file"]), ("error 500", ["transfer failed", "500"])])
-def test_what_the_hub_refuses_is_told_with_what_to_do(tmp_path, server, fault, words):
+def test_what_the_hub_refuses_is_reported_with_what_to_do(tmp_path, server, fault, words):
     source = serve(server, "flickr30k")
     server.faults[source.pictures[""][0].url.removeprefix(server.url)] = fault
     error = said(child(server, tmp_path / "data", "flickr30k", source), code=2).split("error: ")[1]
@@ -207,7 +207,7 @@ def test_a_damaged_archive_is_refused_and_the_second_source_is_tried(tmp_path, s
 @pytest.mark.parametrize("fault, wrong, words", [
     ("cut", {}, "bytes, expected about"), ("", {"size": 1_000_000}, "expected about 1,000,000"),
     ("", {"hash": "0" * 64}, "expected 0000"), ("no file", {}, "404")])
-def test_a_file_that_is_not_the_right_one_is_told_with_every_address(tmp_path, server, fault, wrong, words):
+def test_a_file_that_is_not_the_right_one_is_reported_with_every_address(tmp_path, server, fault, wrong, words):
     source = serve(server, "flickr8k", plain=True)
     first = source.pictures[""][0]._replace(**wrong)
     second = address(server, "/second/Images.zip", server.files["/release/Flickr8k_Dataset.zip"])
@@ -302,7 +302,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path, ser
     check_whole(tmp_path, "coco", source)
 
 
-def test_a_disk_that_becomes_full_is_told_and_what_is_whole_is_kept(tmp_path, server, monkeypatch):
+def test_a_disk_that_becomes_full_is_reported_and_what_is_whole_is_kept(tmp_path, server, monkeypatch):
     source = serve(server, "flickr8k", plain=True)
     twice = source._replace(pictures={"": source.pictures[""] * 2})
     copy, room = archives.shutil.copyfileobj, [3]

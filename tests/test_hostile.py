@@ -44,7 +44,7 @@ PLACES = {"csv": ("captions.csv, line 5", "captions.csv, line 2"), "jsonl": ("js
 
 @pytest.mark.parametrize("kind", PLACES)
 @pytest.mark.parametrize("name", ["p1.jpg", "./p1.jpg", ".//p1.jpg", "images/p1.jpg"])
-def test_a_picture_in_two_splits_is_told_with_both_places(tmp_path, kind, name):
+def test_a_picture_in_two_splits_is_reported_with_both_places(tmp_path, kind, name):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "images" / "p1.jpg")
     refused(lambda: folder(tmp_path, kind, [*GOOD, (name, "val")]), *PLACES[kind], "p1.jpg", "val", "train")
@@ -56,7 +56,7 @@ def test_one_picture_under_two_spellings_is_one_image(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["training", "Train", "", 3, ["train"], None])
-def test_an_unknown_split_of_a_json_is_told(tmp_path, split):
+def test_an_unknown_split_of_a_json_is_reported(tmp_path, split):
     refused(lambda: folder(tmp_path, "json", [*GOOD, ("p4.jpg", split)]), "dataset_own.json", "images[3]", "split")
 
 
@@ -72,7 +72,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_text_that_is_none_is_refused(tmp_path, kind):
+def test_text_with_half_a_character_is_refused(tmp_path, kind):
     refused(lambda: folder(tmp_path, kind, [*GOOD, ("caf\udce9.jpg", "val")]), PLACES[kind][0], "UTF-8", "\\udce9")
     refused(lambda: folder(tmp_path, kind, GOOD, "a \ud83d dog"), PLACES[kind][1], "surrogates")
 
@@ -256,7 +256,7 @@ def test_numbers_that_no_feature_has_are_named(tmp_path, value, said):
         refused(lambda: source.read([0, 1]), said, place, "1,000,000", "image 1")  # noqa: B023
 
 
-def test_zeros_are_told_once(tmp_path, capsys):
+def test_zeros_are_reported_once(tmp_path, capsys):
     features.told.clear()
     for source in both_kinds(tmp_path, 0):
         source.read([0])
@@ -313,7 +313,7 @@ def test_a_damaged_cache_says_which_folder_to_delete(cached, file, content):
             f"delete the folder {cached}")
 
 
-def test_what_a_network_should_never_say_is_not_kept(cached):
+def test_absurd_features_are_not_stored(cached):
     store = Store(cached, {"network": "a"}, STORED)
     values = {"regions": np.full((1, 3, 2), 1e30), "boxes": np.ones((1, 3, 4)), "count": np.ones(1)}
     assert list(store.add([(digest(b"new"), ("new.png", 1, 1))], values)) == [digest(b"new")]

@@ -19,8 +19,10 @@ from sources.files import BadInput
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "HF_HUB_OFFLINE"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
 def test_a_server_that_answers_is_within_reach(monkeypatch):
@@ -37,7 +39,20 @@ def test_a_server_that_answers_is_within_reach(monkeypatch):
     assert not hub.within_reach() and not failed  # this port is no number
 
 
-@pytest.mark.parametrize("given, expected", [("", "https://huggingface.co"), ("http://hub.example/", "http://hub.example")])
+@pytest.mark.parametrize("written", ["http://127.0.0.1:{}", "127.0.0.1:{}"])
+def test_a_hub_behind_a_proxy_is_within_reach_where_the_proxy_is(monkeypatch, written):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HTTP_PROXY", written.format(server.getsockname()[1]))
+        assert hub.within_reach()
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert not hub.within_reach()
+    monkeypatch.delenv("NO_PROXY")
+    assert not hub.within_reach()  # the proxy is gone
+
+
+@pytest.mark.parametrize("given, expected", [("", "https://huggingface.co"),
+                                             ("http://hub.example/", "http://hub.example")])
 def test_data_sets_come_from_the_same_hub(monkeypatch, given, expected):
     monkeypatch.setenv("HF_ENDPOINT", given)
     assert runpy.run_path(download.__file__)["HUB"] == f"{expected}/datasets"
@@ -58,14 +73,21 @@ def test_a_name_that_nobody_looks_up_takes_two_seconds_at_most(monkeypatch):
     never.set()
 
 
-def test_without_a_hub_two_seconds_tell_which_files_to_fetch_and_where_to_put_them(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    start = time.perf_counter()
+def test_without_a_hub_one_knock_each_tells_which_files_to_fetch_and_where_to_put_them(monkeypatch, tmp_path):
+    """The hub's own library would knock again and again, for half a minute."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    knocks = []
+
+    def refused(address: tuple, *rest: object, **more: object) -> None:
+        knocks.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refused)
     with pytest.raises(BadInput) as text:
         models.text_encoder(settings.make({"dataset": "flickr8k"}))
     with pytest.raises(BadInput) as clip:
         networks.Clip("openai/clip-vit-base-patch32")
-    assert time.perf_counter() - start < 2 * hub.WAIT
+    assert knocks.count(("127.0.0.1", 9)) == 2 and len(knocks) < 4  # huggingface_hub once asks for news of its own
     for error, words in ((text, ["bert-base-uncased/tree/main", "tokenizer.json", "440 MB", "--text-encoder"]),
                          (clip, ["clip-vit-base-patch32/tree/main", "preprocessor_config.json", "605 MB", "--clip-m"])):
         message = str(error.value)
@@ -73,7 +95,7 @@ def test_without_a_hub_two_seconds_tell_which_files_to_fetch_and_where_to_put_th
     assert networks.Clip(str(save_clip(tmp_path))).dim == 6  # a folder needs no hub
 
 
-def test_a_folder_that_lacks_something_is_told_what(bert, tmp_path):
+def test_what_a_folder_lacks_is_reported(bert, tmp_path):
     """Without weights or words of its own a BERT would be made of random numbers, or know no word."""
     def load(folder: Path) -> str:
         with pytest.raises(BadInput) as error:
@@ -94,13 +116,15 @@ def test_a_folder_that_lacks_something_is_told_what(bert, tmp_path):
     assert "expected a folder with config.json" in load(copied)
 
 
-def test_a_tokenizer_that_asks_for_code_gets_none(bert, tmp_path, monkeypatch):
+def test_a_text_encoder_that_asks_for_code_gets_none(bert, tmp_path, monkeypatch):
     """In a text encoder's folder and in a run's: the words are read, no code runs, nobody is asked at the terminal."""
     copied = shutil.copytree(bert, tmp_path / "bert")
-    wishes = json.loads((copied / "tokenizer_config.json").read_text())
-    wishes |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
-    (copied / "tokenizer_config.json").write_text(json.dumps(wishes))
     (copied / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    for name, wishes in (
+        ("tokenizer_config.json", {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine"] * 2}}),
+        ("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"}}),
+    ):
+        (copied / name).write_text(json.dumps(json.loads((copied / name).read_text()) | wishes))
     monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asked"))
     chosen = settings.make({"dataset": "flickr8k", "text_encoder": str(copied), "text_layers": 1})
     for tokenizer in (models.text_encoder(chosen)[1], models.read_tokenizer(copied, trust_remote_code=False)):

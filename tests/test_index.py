@@ -158,13 +158,14 @@ def test_damage_is_named(sides, tmp_path):
 
 def test_what_is_not_ours_is_never_touched(sides, tmp_path):
     """Folders beside the index with telling names, and a second program that writes the same index."""
-    for name in ("index.old", "index.partial", "index.cache"):
+    beside = ("index.old", "index.partial", "index.cache")
+    for name in beside:
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("mine")
     out = tmp_path / "index"
     build(out, sides)
     build(out, sides, checkpoint="other")
-    assert all((tmp_path / name / "mine.txt").read_text() == "mine" for name in ("index.old", "index.partial"))
+    assert all((tmp_path / name / "mine.txt").read_text() == "mine" for name in beside)
 
     def encode(kind: str, items: np.ndarray) -> Embeddings:
         with pytest.raises(BadInput, match="another program is writing"):
@@ -225,7 +226,7 @@ def test_garbage_in_the_folder_is_named(sides, tmp_path, name, garbage):
                                     {"counts": {"image": 5.0, "text": 9}}, {"dtype": "int8"}, {"dtype": []},
                                     {"tokens": 1}, {"checksums": []}, {"checksums": {}}, {"checksums": {"../a": ""}}],
                          ids=str)
-def test_a_manifest_of_another_shape_is_told(sides, tmp_path, change):
+def test_a_manifest_of_another_shape_is_reported(sides, tmp_path, change):
     build(tmp_path / "index", sides)
     path = tmp_path / "index" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

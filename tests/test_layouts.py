@@ -83,7 +83,7 @@ def bad(call, *expected: str) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("each", [2, 4, 5])
 @pytest.mark.parametrize("end", ["\n", ""])
-def test_scan_rows_an_image_or_a_caption_read_the_same(tmp_path, dtype, each, end):
+def test_scan_rows_per_image_and_per_caption_read_the_same(tmp_path, dtype, each, end):
     array, captions = features(6).astype(dtype), [f"caption {i}" for i in range(6 * each)]
     write_scan(tmp_path / "once", "dev", array, captions, end)
     write_scan(tmp_path / "repeated", "dev", array.repeat(each, 0), captions, end)
@@ -97,7 +97,7 @@ def test_scan_rows_an_image_or_a_caption_read_the_same(tmp_path, dtype, each, en
         assert split.pictures[0] is None
 
 
-def test_scan_one_caption_an_image(tmp_path):
+def test_scan_one_caption_per_image(tmp_path):
     write_scan(tmp_path, "dev", features(6), CAPTIONS)
     assert scan(tmp_path).image_of.tolist() == list(range(6))
 
@@ -221,7 +221,7 @@ def test_scan_bad_arrays(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_scan_numbers_that_are_none(tmp_path, value):
+def test_scan_features_that_are_not_finite(tmp_path, value):
     array = features(40)
     array[3, 2, 3] = value
     for stored, row in ((array, "row 3 "), (array.repeat(2, 0), "row 6 ")):

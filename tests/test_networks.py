@@ -214,7 +214,7 @@ def test_in_bfloat16_as_on_a_gpu_the_features_are_nearly_the_same(detector, grid
             assert np.allclose(rounded, exact, atol=0.02 * abs(exact).max()), name
 
 
-def test_weights_that_are_not_to_be_had_are_told_at_length(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_downloaded_are_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def unreachable(*given, **more):

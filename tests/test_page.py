@@ -4,6 +4,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from conftest import draw_nothing
 from PIL import Image
 
 import losses
@@ -33,7 +34,7 @@ def side(tmp_path_factory) -> queries.Side:
     run = tmp_path_factory.mktemp("page") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "SPLITS", {"train": 16, "val": 12, "test": 12})
-        patch.setattr("harness.figures.save", lambda figure, path: None)
+        draw_nothing(patch)
         flags = ["--epochs", "1", "--batch-size", "16", "--dim", "8", "--region-width", "8", "--feedforward", "8"]
         assert train.main([*flags, "--text-layers", "1", "--device", "cpu", "--quiet", "--out", str(run)]) == 0
         yield queries.open_side(run, Namespace(**OPTIONS))
@@ -78,8 +79,8 @@ def test_a_caption_of_the_split_knows_its_picture(side):
     assert int(split.image_of[7]) in query.right and " ".join(query.pieces) == split.captions[7].lower()
     assert torch.allclose(query.encoded.globals[0], side.texts.globals[7], atol=1e-5)
     assert queries.ask_caption(side, "a dragon").right == set()
-    for text, told in (("", "empty"), (" \n", "empty"), ("red " * 6000, "23,999"), ("\u200b", "no word")):
-        with pytest.raises(BadInput, match=told):
+    for text, said in (("", "empty"), (" \n", "empty"), ("red " * 6000, "23,999"), ("\u200b", "no word")):
+        with pytest.raises(BadInput, match=said):
             queries.ask_caption(side, text)
     queries.ask_caption(side, "red \ud800")  # half a character
 

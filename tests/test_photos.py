@@ -61,15 +61,6 @@ def test_grey_and_sixteen_bits(tmp_path):
         assert np.asarray(photos.read(tmp_path / name))[0, :, 0] == pytest.approx([0, 128, 255], abs=1), name
 
 
-def test_a_picture_is_turned_upright(tmp_path):
-    turned = halves().transpose(Image.Transpose.ROTATE_90)  # as a camera writes it that was held on its side
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    turned.save(tmp_path / "side.jpg", exif=exif, quality=95)
-    image = photos.read(tmp_path / "side.jpg")
-    assert image.size == (40, 20) and near(image, (0.2, 0.5), RED) and near(image, (0.8, 0.5), GREEN)
-
-
 @pytest.mark.parametrize("name", ["turned.jpg", "turned.tiff", "turned.png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_as_pillow_does_it(tmp_path, name, orientation):

@@ -8,7 +8,7 @@ from conftest import unit
 
 import data
 import retrieve
-from harness import figures, report
+from harness import figures, report, settings
 from retrieve import Embeddings
 from sources.features import InMemory
 
@@ -21,6 +21,11 @@ def test_five_folds_are_the_mean_of_their_parts():
     mean = report.five_folds(images, texts, image_of)
     assert mean["global"]["rsum"] == pytest.approx(np.mean([f["global"]["rsum"] for f in folds]))
     assert mean["global"]["t2i"]["r1"] == pytest.approx(np.mean([f["global"]["t2i"]["r1"] for f in folds]))
+
+
+def test_the_search_settings_are_the_options_of_evaluate():
+    chosen = settings.make({"captions_shortlist": 3, "images_shortlist": 7, "local_weight": 2.0, "reduction": "mean"})
+    assert report.search_options(chosen) == {"shortlist": (3, 7), "weight": 2.0, "reduction": "mean"}
 
 
 def test_a_region_lies_on_an_object():

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import retrieve
 import train
+from harness import index
 from harness import search as command_line
 from sources.files import BadInput
 
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
+@pytest.mark.usefixtures("undrawn")
 def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkeypatch):
     run, out = str(tmp_path / "run"), str(tmp_path / "index")
     assert train.main([*flags, "--model", model, "--epochs", "1"]) == 0
@@ -104,18 +107,34 @@ def answers_of(where: str, caption: str, capsys) -> list:
     return json.loads(capsys.readouterr().out)["found"]
 
 
-def test_half_precision_and_an_index_s_own_split(flags, tmp_path, capsys):
+@pytest.mark.usefixtures("undrawn")
+def test_the_tokens_have_the_precision_that_is_asked_for(flags, tmp_path, monkeypatch):
+    run, seen, evaluate = str(tmp_path / "run"), [], retrieve.evaluate
+    assert train.main([*flags, "--epochs", "1"]) == 0
+
+    def watched(images, texts, *rest, **options):
+        seen.append((images.tokens.dtype, texts.tokens.dtype))
+        return evaluate(images, texts, *rest, **options)
+
+    monkeypatch.setattr(retrieve, "evaluate", watched)
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        assert retrieve.main(["evaluate", run, "--dtype", name]) == 0 and seen.pop() == (dtype, dtype)
+        assert retrieve.main(["index", run, "--dtype", name, "--out", str(tmp_path / name)]) == 0
+        assert index.load(tmp_path / name).images.tokens.dtype == dtype
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_index_knows_one_split_only(flags, tmp_path, capsys):
     run, out = str(tmp_path / "run"), str(tmp_path / "index")
     assert train.main([*flags, "--epochs", "1"]) == 0
-    for dtype in ("float16", "bfloat16"):
-        assert retrieve.main(["evaluate", run, "--dtype", dtype]) == 0
     assert retrieve.main(["index", run, "--out", out]) == 0
-    assert retrieve.main(["search", out, "a red dog"]) == 0
+    assert retrieve.main(["search", out, "a red dog", "--split", "val"]) == 0
     capsys.readouterr()
     assert retrieve.main(["search", out, "a red dog", "--split", "train"]) == 2
     assert "split val, not train" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_shortlists_of_several_lengths(flags, tmp_path, capsys):
     assert train.main([*flags, "--epochs", "1"]) == 0
     capsys.readouterr()

@@ -329,7 +329,7 @@ def test_nobody_there_is_said_at_once_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("address", ["qdrant:", "qdrants:place", "qdrant://", "qdrant://host:6333", "qdrant://host/a/b",
                                      "qdrant://me:key@host/a", "qdrant://me:key@host:abc/a", "qdrant://host:99999/a",
                                      "qdrant://[host/a"])
-def test_an_address_that_is_none(address, capsys):
+def test_a_malformed_address_is_refused(address, capsys):
     assert retrieve.main(["search", address, "a dog"]) == 2
     said = capsys.readouterr().err
     assert "expected qdrant://HOST:PORT/NAME" in said and "me:key" not in said

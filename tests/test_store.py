@@ -80,7 +80,7 @@ def test_a_store_that_has_been_damaged_is_named(store):
         again(store)
 
 
-def test_a_disk_that_is_full_is_told_and_the_rows_before_are_kept(store, monkeypatch):
+def test_a_disk_that_is_full_is_reported_and_the_rows_before_are_kept(store, monkeypatch):
     def full(*given):
         raise OSError(28, "No space left on device")
 
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_is_told_and_the_rows_before_are_kept(store, monkeyp
     assert (store.folder / "regions").stat().st_size == 3 * 3 * 2 * 4
 
 
-def test_half_precision_and_numbers_that_are_none(tmp_path):
+def test_half_precision_and_features_that_are_not_finite(tmp_path):
     half = Store(tmp_path / "half", {}, ARRAYS | {"regions": ((3, 2), "f2")})
     half.add([picture(1)], values(1))
     assert half.read("regions", [0]).dtype == np.float32 and (half.folder / "regions").stat().st_size == 12

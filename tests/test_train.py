@@ -17,6 +17,7 @@ import retrieve
 import tgdt
 import train
 import user
+from harness import flags as cli
 from harness import folder, models, report, settings, training
 from sources import files
 
@@ -89,6 +90,7 @@ def test_a_run_of_the_unified_model_has_both(flags, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["user", "tgdt-user"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys, model):
     """Pictures by Karpathy's JSON beside the SCAN files; the cache beside the data; evaluation reads it again."""
     pictured = tmp_path / "pictured"
@@ -175,11 +177,21 @@ def test_without_a_queue_there_is_uto_on_the_batch_alone(bert):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_words_that_take_no_steps_stay_as_they_were(flags, bert, tmp_path):
+def test_a_frozen_text_encoder_keeps_its_weights(flags, bert, tmp_path):
+    """No gradient is computed for them either."""
     assert train.main([*flags, "--model", "user", "--queue", "8", "--text-lr", "0", "--out", str(tmp_path / "a")]) == 0
-    trained = weights(tmp_path / "a")
-    for name, value in models.text_encoder(folder.read_settings(tmp_path / "a"))[0].state_dict().items():
+    trained, chosen = weights(tmp_path / "a"), folder.read_settings(tmp_path / "a")
+    encoder = models.text_encoder(chosen)[0]
+    for name, value in encoder.state_dict().items():
         assert torch.equal(trained[f"bert.{name}"], value), name
+    train.make_optimizer(models.build(chosen, encoder, 6), chosen.training)
+    assert not any(weight.requires_grad for weight in encoder.parameters())
+
+
+def test_the_momentum_copy_follows_as_the_settings_say(flags, tmp_path):
+    given, _ = cli.parse([*flags, "--model", "user", "--momentum", "0.75", "--queue", "8"])
+    found = training.set_up(settings.make(given), tmp_path / "run", "cpu").momentum
+    assert (found.momentum, found.warm, len(found.image_queue.owner)) == (0.75, True, 8)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -190,11 +202,10 @@ def test_the_same_seed_trains_the_same_weights_and_another_does_not(flags, tmp_p
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("model, steps", [("tgdt", 2), ("tgdt", 4), ("tgdt", 6), ("user", 2), ("user", 6),
-                                          ("tgdt-user", 3), ("tgdt-user", 4)])
+@pytest.mark.parametrize("model, steps", [("tgdt", 4), ("user", 6), ("tgdt-user", 3)])
 @pytest.mark.usefixtures("undrawn")
 def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path, monkeypatch, model, steps):
-    """Stopped by Ctrl-C after some steps of four an epoch, with dropout and caption noise at work, then resumed."""
+    """Stopped by Ctrl-C after some steps, with four per epoch, with dropout and caption noise at work, then resumed."""
     flags = ["--model", model, "--noise", "0.3", "--seed", "5", *flags]
     flags = ["--queue", "7", *flags] if model != "tgdt" else flags
     whole = tmp_path / "whole"
@@ -262,6 +273,7 @@ def refused(arguments: list[str], capsys, *said: str) -> None:
     assert after == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(flags) == 0
@@ -278,11 +290,11 @@ def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "settings.json")
 
 
-def test_a_run_that_cannot_start_deletes_nothing_of_others(flags, tmp_path, capsys):
+def test_a_folder_with_a_tokenizer_of_somebody_else_is_left_alone(flags, tmp_path, capsys):
     mine = tmp_path / "run" / "tokenizer" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    refused([*flags, "--data-root", str(tmp_path / "nowhere")], capsys)  # compares the folder before and after
+    refused(flags, capsys, "already holds a run")  # compares the folder before and after
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -463,6 +475,8 @@ def test_the_learning_rate():
     assert [train.learning_rate(step, 25, chosen) for step in (30, 49, 50, 99)] == pytest.approx([1, 1, 0.1, 0.1])
     chosen.schedule = "constant"
     assert [train.learning_rate(step, 25, chosen) for step in (0, 10, 99)] == pytest.approx([0.1, 1, 1])
+    chosen.warmup = 1000  # half of the training at most
+    assert [train.learning_rate(step, 25, chosen) for step in (0, 24, 49, 50)] == pytest.approx([0.02, 0.5, 1, 1])
 
 
 def test_searching_what_is_not_there_ends_in_one_line(tmp_path, capsys):

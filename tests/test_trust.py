@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_processes_that_read_batches_leave_ctrl_c_to_the_loop_and_end_in_one_lin
 
 
 @pytest.mark.parametrize(("fault", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 141)])
-def test_output_that_cannot_be_written_at_the_end_is_told_or_left(fault, code, capsys, monkeypatch):
+def test_output_that_cannot_be_written_at_the_end_is_reported_or_left(fault, code, capsys, monkeypatch):
     """What a command prints may wait in a buffer until it ends."""
     full = io.StringIO()
     full.flush = lambda: (_ for _ in ()).throw(OSError(fault, os.strerror(fault)))
@@ -183,16 +184,14 @@ def test_an_error_of_the_program_keeps_its_traceback():
         console.run_command(lambda: torch.nn.Linear(2, 3).load_state_dict(torch.nn.Linear(3, 3).state_dict()))
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_training_ends_when_nobody_reads_its_output(flags, tmp_path):
-    """As in `python train.py | head`: it saves and stops, without a traceback, and can go on."""
+    """As in `python train.py | head`: it saves and stops, without a traceback."""
     command = [sys.executable, str(ROOT / "train.py"), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 141 and "Traceback" not in said
     assert folder.read_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"] >= 1
-    assert train.main(resume(tmp_path / "run")) == 0
 
 
 @pytest.mark.parametrize("moment", ["the last step of epoch 2", "the measuring after it"])
@@ -249,19 +248,19 @@ def test_a_run_without_its_best_weights_is_not_searched_with_others(run, capsys)
 @pytest.mark.parametrize("change", [{"seen": 3}, {"seen": {}}, {"bert": 3}, {"bert": {"hidden_size": "x"}},
                                     {"model": {}}, {"settings": {"run": 3}}, {"epoch": "1"}, {"feature_dim": 7},
                                     {"feature_dim": 1.5}], ids=str)
-def test_a_checkpoint_of_another_shape_is_told(run, change, capsys):
+def test_a_checkpoint_of_another_shape_is_reported(run, change, capsys):
     state = torch.load(run / "best.pt", weights_only=True)
     torch.save(state | change, run / "best.pt")
     refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt")
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told(run, capsys):
+def test_a_tokenizer_that_cannot_be_read_is_reported(run, capsys):
     for content in ("", "[]", '{"model": 1}'):
         (run / "tokenizer" / "tokenizer.json").write_text(content)
         refused(retrieve.main, ["evaluate", str(run)], capsys, "tokenizer: the tokenizer cannot be read")
 
 
-def test_a_bert_that_reads_less_than_the_longest_caption_is_told(flags, capsys):
+def test_a_bert_that_reads_less_than_the_longest_caption_is_reported(flags, capsys):
     refused(train.main, [*flags, "--longest", "65"], capsys, "--longest 65", "64 word pieces at most")
 
 
@@ -288,8 +287,8 @@ def closed(request, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("flag", ["--out", "--cache"])
-def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(flags, closed, flag, tmp_path, capsys,
-                                                                        monkeypatch):
+def test_a_folder_that_cannot_be_made_is_reported_before_the_data_is_loaded(flags, closed, flag, tmp_path, capsys,
+                                                                            monkeypatch):
     monkeypatch.setattr(training.data, "load", lambda *arguments, **options: pytest.fail("the data was loaded"))
     monkeypatch.setattr(fetching, "find_data", lambda *arguments: pytest.fail("the data was fetched"))
     refused(train.main, [*flags, flag, str(closed)], capsys, str(closed), "expected a folder that can be written")
@@ -299,7 +298,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_data_is_loaded(flags, c
 
 @pytest.mark.parametrize("command", [["search", "a dog", "--save", "a.png"], ["index", "--out", "index"],
                                      ["evaluate", "--shortlist", "2", "--save", "a.png"]], ids=lambda words: words[0])
-def test_a_file_that_cannot_be_written_is_said_before_the_run_is_opened(closed, command, capsys, monkeypatch):
+def test_a_file_that_cannot_be_written_is_reported_before_the_run_is_opened(closed, command, capsys, monkeypatch):
     monkeypatch.setattr(folder, "open_run", lambda where: pytest.fail("the run was opened"))
     first, *rest, last = command
     refused(retrieve.main, [first, "run", *rest, str(closed / last)], capsys, str(closed))
@@ -336,7 +335,7 @@ def fill(disk: Path, leave: int) -> None:
     (disk / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
 
 
-@pytest.mark.parametrize("leave", [0, 8_000, 32_000, 100_000, 200_000])
+@pytest.mark.parametrize("leave", [0, 8_000, 32_000, 100_000])
 def test_a_disk_that_fills_while_training(flags, tmp_path, capsys, leave):
     """Settings, tokenizer, best.pt and checkpoint.pt are the first that have no room, one after the other."""
     disk, quick = tmp_path / "disk", ["--epochs", "1", "--quiet"]
@@ -350,7 +349,7 @@ def test_a_disk_that_fills_while_training(flags, tmp_path, capsys, leave):
             assert train.main([*flags, *quick, "--out", str(disk / "run"), *again]) == 0
 
 
-@pytest.mark.parametrize("leave", [0, 4_000, 32_000])
+@pytest.mark.parametrize("leave", [0, 32_000])
 def test_a_disk_that_fills_keeps_what_was_there(run, tmp_path, capsys, leave):
     disk = tmp_path / "disk"
     with file_system(disk, "size=8m"):
@@ -392,7 +391,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("moment", ["0.1", "0.4", "0.8", "1.6"])
+@pytest.mark.parametrize("moment", ["0.1", "0.8"])
 @pytest.mark.parametrize("command", [["train.py", "--out"], ["retrieve.py", "evaluate"]], ids=lambda words: words[0])
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, moment, tmp_path):
     """A shell reports both codes as 130. What is left of the time is the run's, so the moments fall into it as well."""
@@ -464,27 +463,53 @@ def test_a_run_can_be_quiet(flags, capsys):
     assert "epoch   1" not in said.out and "two-stage" in said.out and "step" not in said.err
 
 
-def test_a_log_gets_what_history_has_or_says_what_to_install(flags, tmp_path, capsys, monkeypatch):
-    refused(train.main, [*flags, "--log", "wandb"], capsys, "pip install wandb")
-    sent = []
+class Wandb:
+    """Stands for the library wandb: `sent` has what was logged."""
 
-    class Wandb:
-        @staticmethod
-        def init(dir: Path, name: str, config: dict) -> "Wandb":
-            assert config["epochs"] == 2
-            return Wandb()
+    sent: dict = {}
 
-        def log(self, values: dict, step: int) -> None:
-            sent.append((step, values))
+    @staticmethod
+    def init(dir: Path, name: str, config: dict) -> "Wandb":
+        assert config["epochs"] == 2
+        return Wandb()
 
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    assert train.main([*flags, "--log", "wandb"]) == 0
+    def log(self, values: dict, step: int) -> None:
+        self.sent |= {(step, name): value for name, value in values.items()}
+
+
+class SummaryWriter:
+    """Stands for the one of torch.utils.tensorboard."""
+
+    sent: dict = {}
+
+    def __init__(self, out: Path):
+        assert out.name == "tensorboard"
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.sent[step, name] = value
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name, module, stub, log", [
+    ("wandb", "wandb", Wandb, Wandb),
+    ("tensorboard", "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter), SummaryWriter)])
+def test_a_log_gets_what_history_has_or_says_what_to_install(name, module, stub, log, flags, tmp_path, capsys,
+                                                             monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # not installed
+    refused(train.main, [*flags, "--log", name], capsys, f"pip install {name}")
+    monkeypatch.setitem(sys.modules, module, stub)
+    monkeypatch.setattr(log, "sent", {})
+    assert train.main([*flags, "--log", name]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    assert [step for step, _ in sent] == [1, 2]
-    assert [values["val/two_stage/rsum"] for _, values in sent] == [line["val"]["two_stage"]["rsum"] for line in lines]
+    found = {step: value for (step, key), value in log.sent.items() if key == "val/two_stage/rsum"}
+    assert found == {line["epoch"]: line["val"]["two_stage"]["rsum"] for line in lines} and found.keys() == {1, 2}
 
+
+def test_a_log_that_refuses_is_one_line(flags, capsys, monkeypatch):
     def unknown(**given):
         raise Exception("api_key not configured")
 
-    Wandb.init = unknown
-    refused(train.main, [*flags, "--log", "wandb", "--out", str(tmp_path / "other")], capsys, "api_key not configured")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=unknown))
+    refused(train.main, [*flags, "--log", "wandb"], capsys, "api_key not configured")
