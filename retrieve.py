@@ -106,7 +106,7 @@ def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind
             batch = {name: value.to(device) for name, value in batch.items()}
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
                 encoded = encode_batch(batch)
-            parts.append(Embeddings(kind, *encoded.float()[:3]))
+            parts.append(Embeddings(kind, *encoded[:3]))
             order.append(batch["image_index" if kind == "image" else "caption_index"])
             bar.update(len(order[-1]))
     whole = Embeddings(kind, torch.cat([part.globals for part in parts]))

@@ -21,16 +21,12 @@ from torch import Tensor, nn
 
 
 class Encoded(NamedTuple):
-    """What a branch makes of B inputs. A model without fine tokens (USER) has None for tokens and mask."""
+    """What a branch makes of B inputs, by `unit` in float32. A model without fine tokens (USER) has None for them."""
 
     globals: Tensor        # [B, D] unit length, the coarse embedding
     tokens: Tensor | None  # [B, T, D] unit length, the fine embeddings
     mask: Tensor | None    # [B, T] bool, True for real tokens
     plain: Tensor | None = None  # [B, T, D] unit length, the tokens below the fine level of the unified model
-
-    def float(self) -> Encoded:
-        """The same in float32, in which the losses are computed."""
-        return Encoded(*(part if part is None or part.dtype == torch.bool else part.float() for part in self))
 
 
 def transformer(width: int, layers: int, heads: int, feedforward: int, dropout: float) -> nn.TransformerEncoder:

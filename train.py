@@ -65,7 +65,7 @@ def pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:
 
 def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share: Callable = call,
            coarse: bool = False) -> tuple[Encoded, Encoded]:
-    """The I images and B captions of a batch. The network runs in mixed precision, the losses always in float32.
+    """The I images and B captions of a batch. The network may run in mixed precision; what it gives is float32.
 
     share: calls the encoder with the batch. Another one lets several GPUs encode a part each, see harness/ranks.py.
     coarse: encode the coarse vectors only, by USER's encoders. The queues need no more.
@@ -73,8 +73,7 @@ def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share:
     kind = USER if coarse else type(model)
     encode_texts = partial(by_length, partial(kind.encode_texts, model))
     with torch.autocast(batch["regions"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        images, texts = share(partial(kind.encode_images, model), batch), share(encode_texts, batch)
-    return images.float(), texts.float()
+        return share(partial(kind.encode_images, model), batch), share(encode_texts, batch)
 
 
 def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], images: Encoded, texts: Encoded

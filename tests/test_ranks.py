@@ -9,12 +9,10 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-import tgdt
 import train
 from harness import figures, folder, models, ranks, report, settings, torchrun, training
 from sources.files import BadInput
@@ -88,7 +86,7 @@ def three_steps(out: Path, model_name: str, fixed: int = 0, pieces: int = 1, man
     many: how many times as many captions as 7. With 100 or more, each share is encoded in groups of like length.
     """
     torch.set_default_dtype(torch.float64)
-    with torchrun.started("cpu"), mock.patch.object(tgdt.Encoded, "float", lambda encoded: encoded):
+    with torchrun.started("cpu"):
         torch.manual_seed(torchrun.number())  # the ranks start apart, and are to take rank 0's weights
         guide = {} if model_name == "tgdt" else {"guide": "self", "guide_dropout": 0.0, "fixed_regions": fixed}
         guide |= {"distill": 0.5} if model_name == "tgdt-user" else {}
