@@ -289,8 +289,8 @@ def other_unified(model, momentum, batch, settings, precision="float32", negativ
 
     change: "plain" leaves out InfoNCE on the fine tokens, so the fine level is never trained and the fine tokens stay
     equal to the plain ones. "tokens" leaves out InfoNCE on the plain tokens. "hinge" adds CMC's hinge on the fine
-    tokens, "intra" its intra-modal term. "taught two-stage": on each level the teacher is the copy's two-stage
-    similarity.
+    tokens, "intra" its intra-modal term (also to USER's loss). "taught two-stage": on each level the teacher is the
+    copy's two-stage similarity.
     """
     images, texts, keys, teacher = train.forward(model, momentum, batch, settings, precision)
     cmc, row = settings.cmc, batch["image_row"]
@@ -442,6 +442,7 @@ AS_RELEASED = ("user, fixed regions, reward floor, batch unmasked, queue unmaske
                "full queue, shuffle, released rates")
 
 UNTAUGHT = "unified, averaged, --distill 0"  # the unified model without a teacher
+EXTENDED = "unified, averaged, own branch, intra-modal term"
 
 # Each idea: the arm with it, and the arm without it. An arm is searched two-stage, or by global alone if it has no
 # tokens; another way of searching, or an epoch, stands behind a colon.
@@ -491,6 +492,18 @@ CLAIMS = {
     "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
     "10 the fine level on tokens of its own, or on those of the coarse level": (
         "unified, averaged, own branch", "unified, averaged"),
+    # Extended by both of these, own fine tokens and the intra-modal term:
+    "10 extended, or not": (EXTENDED, "unified, averaged"),
+    "10 extended: the unified model, or TGDT with InfoNCE and a teacher": (
+        EXTENDED, "tgdt, averaged, InfoNCE, distilled"),
+    "10 extended: the unified model, or USER with InfoNCE and a teacher": (
+        EXTENDED, "user, no guide, averaged, InfoNCE, distilled"),
+    "10 extended: the unified model, or USER with InfoNCE, a teacher and the intra-modal term": (
+        EXTENDED, "user, no guide, averaged, InfoNCE, distilled, intra-modal term"),
+    "10 extended: re-ranked, or its coarse level alone": (EXTENDED, f"{EXTENDED}: global"),
+    "10 with the intra-modal term, or without; USER with InfoNCE and a teacher": (
+        "user, no guide, averaged, InfoNCE, distilled, intra-modal term",
+        "user, no guide, averaged, InfoNCE, distilled"),
     "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
     # With BERT fine-tuned, and on the scenes, where the unified model's preset has a temperature of 0.01:
     "10 small preset: the unified model, or TGDT": ("unified", "tgdt"),
