@@ -119,21 +119,24 @@ class OwnBranch(Unified):
     The plain tokens stay what the coarse vectors are pooled from. Features and BERT serve both.
     """
 
+    def own_region_tokens(self, regions: Tensor) -> Tensor:
+        """[n, F] -> [n, D], as in `USER.embed_regions`."""
+        own = self.own
+        return own["project"](regions) + own["mlp_out"](own["mlp_norm"](own["mlp_in"](regions)).relu())
+
     def encode_images(self, batch: dict) -> tgdt.Encoded:
-        whole, mask, own = super().encode_images(batch), batch["region_mask"], self.own
-
-        def embed(regions: Tensor) -> Tensor:
-            return own["project"](regions) + own["mlp_out"](own["mlp_norm"](own["mlp_in"](regions)).relu())
-
-        tokens = user.of_real_tokens(embed, batch["regions"], mask)
-        placed = tokens + self.geometry(tgdt.box_geometry(batch["boxes"]))
-        return whole._replace(tokens=tgdt.unit(self.fine_regions(placed, src_key_padding_mask=~mask)))
+        tokens, mask = self.region_tokens(batch)
+        own = user.of_real_tokens(self.own_region_tokens, batch["regions"], mask)
+        fine = self.fine_regions(own + self.geometry(tgdt.box_geometry(batch["boxes"])), src_key_padding_mask=~mask)
+        return tgdt.Encoded(tgdt.unit(self.image_pool(tokens, mask)), tgdt.unit(fine), mask, tgdt.unit(tokens))
 
     def encode_texts(self, batch: dict) -> tgdt.Encoded:
-        whole, mask = super().encode_texts(batch), batch["word_mask"]
+        mask = batch["word_mask"]
         states = self.bert(input_ids=batch["word_ids"], attention_mask=mask.long()).last_hidden_state
-        fine = self.fine_words(self.own["project_words"](states), src_key_padding_mask=~mask)
-        return whole._replace(tokens=tgdt.unit(fine[:, 1:-1]))
+        tokens, own = self.project_words(states), self.own["project_words"](states)
+        fine = self.fine_words(own, src_key_padding_mask=~mask)
+        return tgdt.Encoded(tgdt.unit(self.text_pool(tokens, mask)), tgdt.unit(fine[:, 1:-1]), mask[:, 2:],
+                            tgdt.unit(tokens[:, 1:-1]))
 
 
 def own_branch(run: Run) -> Run:
