@@ -358,7 +358,7 @@ def print_courses(rows: list[dict], budget: str) -> None:
 
 
 def draw(budget: str, found: dict, path: Path) -> None:
-    """A dot a seed, and a bar for the mean: how much each idea adds in rsum. Only ideas with three seeds are drawn."""
+    """One dot per seed, and a bar for the mean: how much each idea adds in rsum. Only ideas with three seeds are drawn."""
     lines = [(idea, gains_in("rsum", pairs)) for idea, pairs in found.items() if len(pairs) > 2]
     if not lines:
         return
@@ -369,8 +369,9 @@ def draw(budget: str, found: dict, path: Path) -> None:
         axis.plot(gains, [place] * len(gains), "o", color="black", markersize=4)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(lines)), [idea for idea, _ in reversed(lines)])
-    axis.set(xlabel="difference in val rsum, the first less the second (a dot a seed)", title=budget)
+    axis.set(xlabel="difference in val rsum, the first less the second (one dot per seed)", title=budget)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(y=0.01)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
