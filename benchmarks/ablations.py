@@ -358,7 +358,7 @@ def print_courses(rows: list[dict], budget: str) -> None:
 
 
 def draw(budget: str, found: dict, path: Path) -> None:
-    """One dot per seed, and a bar for the mean: how much each idea adds in rsum. Only ideas with three seeds are drawn."""
+    """How much each idea adds in rsum: one dot per seed, a bar for the mean. Only ideas with three seeds are drawn."""
     lines = [(idea, gains_in("rsum", pairs)) for idea, pairs in found.items() if len(pairs) > 2]
     if not lines:
         return
