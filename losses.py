@@ -1,4 +1,4 @@
-"""The losses: TGDT's consistent multimodal contrastive loss (CMC), InfoNCE, USER's unified training objective (UTO).
+"""The losses: TGDT's consistent multimodal contrastive loss (CMC), InfoNCE, USER's unified objective (UTO).
 
 Read beside Liu et al., "Efficient Token-Guided Image-Text Retrieval With Consistent Multimodal Contrastive
 Training" (TGDT), the part on CMC, and Zhang et al., "USER: Unified Semantic Enhancement With Momentum Contrast for
@@ -25,7 +25,7 @@ def single(values: Tensor) -> Tensor:
 
 
 def with_diagonal(similarity: Tensor, positives: Tensor | None) -> Tensor:
-    """[B, B] bool: the pairs that are marked as true, and the diagonal, which is always true."""
+    """[B, B] bool: the pairs marked as true, and the diagonal. Raises ValueError if the matrix is not square."""
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"expected a square similarity matrix, got {tuple(similarity.shape)}")
     diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)

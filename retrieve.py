@@ -200,7 +200,7 @@ def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
 
     scores [Q, N]. query_image [Q] and corpus_image, [N] or [Q, N], say which image a row belongs to; an answer is right
     if they agree. Among equal scores the right answer ranks last, so a constant similarity scores nothing. A NaN never
-    helps: a right answer that is NaN ranks last, and a wrong one counts as better than the right one.
+    helps: a right answer that is NaN ranks last, and a wrong one counts as better. Raises ValueError if shapes differ.
     """
     right = query_image[:, None] == corpus_image
     if right.shape != scores.shape:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 class Encoded(NamedTuple):
-    """What a branch makes of B inputs, by `unit` in float32. A model without fine tokens (USER) has None for them."""
+    """What a branch makes of B inputs, in float32 (by `unit`). USER has no fine tokens, so tokens and mask are None."""
 
     globals: Tensor        # [B, D] unit length, the coarse embedding
     tokens: Tensor | None  # [B, T, D] unit length, the fine embeddings

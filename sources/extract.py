@@ -114,12 +114,15 @@ def fill(pictures: Sequence[Path | np.ndarray], root: Path, caches: dict[str, Ca
 
 
 def know_again(pictures: Sequence, known: list[Facts], store: Store) -> None:
-    """Find files again whose time alone has changed, as after a copy to another machine, without loading a network."""
+    """Write down files whose time alone has changed, as after a copy to another machine. This needs no network.
+
+    A file that cannot be read is left for `Decoded`, which says what is wrong with it.
+    """
     names_and_sizes = {(name, size) for name, size, _ in store.digest_of}
     again = []
     for picture, of in zip(pictures, known, strict=True):
         if isinstance(picture, Path) and store.find(of) is None and of[:2] in names_and_sizes:
-            with suppress(BadInput):  # whoever decodes the picture will say what is wrong with it
+            with suppress(BadInput):
                 again.append((digest(photos.read_file(picture)), of))
     store.add([(key, of) for key, of in again if store.find(key) is not None], {})
 

@@ -1,4 +1,5 @@
 """The authors' checkpoints: their weights give their outputs, and no other file is taken for one."""
+import argparse
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import losses
 import tgdt
 import user
 from harness import models, released
-from sources.files import BadInput
+from sources.files import BadInput, read_weights
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -56,7 +57,7 @@ def test_what_is_not_a_checkpoint_of_tgdt_is_refused_by_name(tmp_path):
     torch.save({"model": {}}, other)
     with pytest.raises(ValueError, match="other.pth.tar"):
         released.load_tgdt(other)
-    whole = torch.load(PARITY / "tgdt_released_tiny.pth.tar", weights_only=False)
+    whole = read_weights(PARITY / "tgdt_released_tiny.pth.tar", "a checkpoint", allowed=(argparse.Namespace,))
     for group, name, value in (("model", "embed-size", 7), ("model", "dropout", 3.0),
                                ("text-model", "extraction-hidden-layer", -1)):
         config = {**whole["config"], group: {**whole["config"][group], name: value}}
