@@ -10,7 +10,7 @@ InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine 
 answers come from the momentum copy, which soon is the better model (momentum distillation). A fine level of its own
 makes re-ranking worthwhile. How much of its gradient reaches the tokens below is a setting: nothing on photographs,
 where the coarse vectors would pay for it, and all of it in the small preset for the scenes, where the fine tokens gain
-more. docs/claims.md has the measurements behind these choices, and docs/results.md has the model beside both papers'.
+more. docs/unified.md has the measurements behind these choices, and docs/results.md has the model beside both papers'.
 """
 from __future__ import annotations
 

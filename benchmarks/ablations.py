@@ -262,7 +262,10 @@ def table(args: argparse.Namespace) -> None:
                 print_table(title, "first", "second", "rsum gained", "R@1 image to text", "R@1 text to image",
                             "shown?", "seeds", rows=[claim(idea, pairs) for idea, pairs in found.items()])
         if args.draw:
-            draw(budget, compare(rows, budget, CLAIMS), HERE.parent / "docs" / f"claims-{budget}.png")
+            found = compare(rows, budget, CLAIMS)
+            unified = {idea: found.pop(idea) for idea in list(found) if idea.startswith("10 ")}
+            draw(budget, found, HERE.parent / "docs" / f"claims-{budget}.png")
+            draw(budget, unified, HERE.parent / "docs" / f"unified-{budget}.png")
         print_halves(rows, budget)
         print_arms(rows, budget)
         print_searches(rows, budget)
