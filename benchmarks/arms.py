@@ -402,6 +402,7 @@ CHANGES = {
     "longer": Change("--epochs 10"),
     "averaged": Change("--schedule constant --keep momentum"),  # the momentum copy, over a rate that does not fall
     "falling rate": Change("--schedule linear"),
+    "not averaged": Change("--schedule linear --keep model --momentum 0.999"),  # on scenes, whose preset is averaged
     "one caption an image": Change("--captions-per-image 1"),
     "coarse alone": Change("--local-weight 0"),
     "fine alone": Change(loss_of=fine_alone),
@@ -563,6 +564,10 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "USER averaged at a constant rate, or the model at a falling one": ("user, no guide, averaged", "user, no guide"),
     "USER averaged, or the model; both at a falling rate": (
         "user, no guide, averaged, falling rate", "user, no guide"),
+    "small preset: TGDT averaged at a constant rate, or the model at a falling one": ("tgdt", "tgdt, not averaged"),
+    "small preset: USER averaged at a constant rate, or the model at a falling one": ("user", "user, not averaged"),
+    "small preset: the unified model averaged at a constant rate, or the model at a falling one": (
+        "unified", "unified, not averaged"),
     "SGE's statistics over all regions, or for each of 36": ("user", "user, fixed regions"),
     "five captions of an image in a batch, or one": (
         "user, no guide, averaged", "user, no guide, averaged, one caption an image"),
