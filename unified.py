@@ -8,9 +8,8 @@
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from the tokens that late interaction aligns.
 InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. On photographs half of its
 answers come from the momentum copy, which soon is the better model (momentum distillation). A fine level of its own
-makes re-ranking worthwhile. How much of its gradient reaches the tokens below is a setting: nothing on photographs,
-where the coarse vectors would pay for it, and all of it in the small preset for the scenes, where the fine tokens gain
-more. docs/unified.md has the measurements behind these choices, and docs/results.md has the model beside both papers'.
+makes re-ranking worthwhile. Its gradient stops at the tokens below, because the coarse vectors would pay for it.
+docs/unified.md has the measurements behind these choices, and docs/results.md has the model beside both papers'.
 """
 from __future__ import annotations
 

@@ -554,8 +554,8 @@ CLAIMS = {
         f"{UNTAUGHT}, --local-layers 1, hinge too", f"{UNTAUGHT}, --local-layers 1"),
     "10 untaught: the fine level sees the cells' boxes, or none; one layer": (
         f"{UNTAUGHT}, --local-layers 1, grid boxes", f"{UNTAUGHT}, --local-layers 1"),
-    "10 the fine level's gradient whole, or cut off": ("unified", "unified, --fine-gradient 0"),  # on scenes
-    "10 the fine level's gradient whole, or 0.3 of it": ("unified", "unified, --fine-gradient 0.3"),
+    "10 small preset: the fine level's gradient cut off, or whole": ("unified", "unified, --fine-gradient 1"),
+    "10 small preset: extended, or not": ("unified, own branch, intra-modal term", "unified"),
     "10 InfoNCE beside UTO, or not; both USER": ("user, no guide, averaged, InfoNCE", "user, no guide, averaged"),
     "10 InfoNCE beside CMC, or not; both TGDT": ("tgdt, averaged, InfoNCE", "tgdt, averaged"),
 }

@@ -20,8 +20,7 @@ SMALL_SCENES = dict(  # words learnt from scratch in three minutes on two cores;
 UNIFIED = dict(  # no paper has this model: USER's rates, with what `unified.py` needs
     guide="none", dim=256, reward_floor=False, infonce_weight=1.0, distill=0.5, reduction="mean", local_layers=2,
     local_weight=0.5)
-UNIFIED_SCENES = dict(  # its words are learnt from scratch
-    fine_gradient=1.0, temperature=0.01, distill=0.0, local_weight=4.0)
+UNIFIED_SCENES = dict(temperature=0.01, distill=0.0, local_weight=4.0)  # its words are learnt from scratch
 
 PRESETS = {  # what is changed from the defaults, first for the model, then for the dataset
     ("paper", "tgdt"):      ({},                           {"coco": PAPER_COCO, "scenes": PAPER_SCENES}),

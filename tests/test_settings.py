@@ -149,7 +149,7 @@ def test_a_value_of_another_kind_is_refused_by_name(name):
 @pytest.mark.parametrize("given, said", [
     ({"dim": 6}, "--dim 6"), ({"region_width": 6}, "--region-width 6"), ({"batch_size": 5}, "--batch-size 5"),
     ({"model": "user", "distill": 0.5}, "--distill 0.5: .* --infonce-weight"),
-    ({"distill": 0.5, "infonce_weight": 1}, "--distill 0.5: .* --keep momentum"),
+    ({"distill": 0.5, "infonce_weight": 1, "keep": "model"}, "--distill 0.5: .* --keep momentum"),
     ({"model": "user", "distill": 0.5, "infonce_weight": 1, "queue": 0, "keep": "model"}, "--distill 0.5: .* --queue"),
     ({"guide": "self"}, "--guide self"), ({"model": "user", "queue": 3}, "--queue 3"), ({"boxes": 10_000}, "--boxes"),
     ({"longest": 100_000}, "--longest"), ({"picture_side": 5}, "--picture-side 5"), ({"lr": -1.0}, "--lr -1"),
