@@ -564,9 +564,9 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "USER averaged at a constant rate, or the model at a falling one": ("user, no guide, averaged", "user, no guide"),
     "USER averaged, or the model; both at a falling rate": (
         "user, no guide, averaged, falling rate", "user, no guide"),
-    "small preset: TGDT averaged at a constant rate, or the model at a falling one": ("tgdt", "tgdt, not averaged"),
-    "small preset: USER averaged at a constant rate, or the model at a falling one": ("user", "user, not averaged"),
-    "small preset: the unified model averaged at a constant rate, or the model at a falling one": (
+    "scenes: TGDT averaged at a constant rate, or the model at a falling one": ("tgdt", "tgdt, not averaged"),
+    "scenes: USER averaged at a constant rate, or the model at a falling one": ("user", "user, not averaged"),
+    "scenes: the unified model averaged at a constant rate, or the model at a falling one": (
         "unified", "unified, not averaged"),
     "SGE's statistics over all regions, or for each of 36": ("user", "user, fixed regions"),
     "five captions of an image in a batch, or one": (

@@ -58,7 +58,8 @@ def test_the_claims_in_the_documentation_are_those_that_the_script_prints(capsys
     ablations.main(["table"])
     printed = set(capsys.readouterr().out.splitlines())
     docs = ablations.HERE.parent / "docs"
-    page = [line for name in ("claims.md", "unified.md") for line in (docs / name).read_text(encoding="utf8").splitlines()]
+    page = [line for name in ("claims.md", "unified.md")
+            for line in (docs / name).read_text(encoding="utf8").splitlines()]
     verdicts = r"\| (yes|no: it costs|too few seeds|not shown \(.*\)) \| \d+ \|$"
     claims = [line for line in page if re.search(verdicts, line)]
     assert len(claims) > 80 and set(claims) <= printed
