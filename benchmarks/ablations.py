@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arms import ARMS, BUDGETS, CLAIMS, MODELS, OURS, changes_of, remember, split_arm
+from arms import ARMS, BUDGETS, CLAIMS, MODELS, OURS, UNIFIED, changes_of, remember, split_arm
 
 import retrieve
 import train
@@ -257,15 +257,13 @@ def table(args: argparse.Namespace) -> None:
         if not any(row["budget"] == budget for row in rows):
             continue
         print(f"\n**{budget}, val**")
-        for title, ideas in (("claim", CLAIMS), ("what we do otherwise", OURS)):
+        for title, ideas in (("claim", CLAIMS), ("first, or second", UNIFIED), ("what we do otherwise", OURS)):
             if found := compare(rows, budget, ideas):
                 print_table(title, "first", "second", "rsum gained", "R@1 image to text", "R@1 text to image",
                             "shown?", "seeds", rows=[claim(idea, pairs) for idea, pairs in found.items()])
         if args.draw:
-            found = compare(rows, budget, CLAIMS)
-            unified = {idea: found.pop(idea) for idea in list(found) if idea.startswith("10 ")}
-            draw(budget, found, HERE.parent / "docs" / f"claims-{budget}.png")
-            draw(budget, unified, HERE.parent / "docs" / f"unified-{budget}.png")
+            for name, ideas in (("claims", CLAIMS), ("unified", UNIFIED)):
+                draw(budget, compare(rows, budget, ideas), HERE.parent / "docs" / f"{name}-{budget}.png")
         print_halves(rows, budget)
         print_arms(rows, budget)
         print_searches(rows, budget)
@@ -274,7 +272,7 @@ def table(args: argparse.Namespace) -> None:
             print_courses(rows, budget)
     if speeds := [row for row in rows if row["budget"] == "speed"]:
         slowest = max(float(row["seconds"]) for row in speeds)
-        print_table("11 search, 1,000 images of 36 regions", "ms a caption", "times as fast", rows=[
+        print_table("10 search, 1,000 images of 36 regions", "ms a caption", "times as fast", rows=[
             [row["arm"], f"{1000 * float(row['seconds']):.2f}", f"{slowest / float(row['seconds']):.0f}"]
             for row in sorted(speeds, key=lambda row: -float(row["seconds"]))])
 
@@ -289,7 +287,7 @@ def claim(idea: str, pairs: list[tuple[dict, dict]]) -> list[str | int]:
 def print_halves(rows: list[dict], budget: str) -> None:
     """What each idea gains on each half of val, so that a choice by the one can be checked on the other."""
     halves = [compare(rows, budget, {idea: [f"{': '.join(split_arm(arm))}, {half} half" for arm in arms]
-                                     for idea, arms in CLAIMS.items()}) for half in ("first", "second")]
+                                     for idea, arms in (CLAIMS | UNIFIED).items()}) for half in ("first", "second")]
     if halves[0]:
         print_table("claim", "gained on the first half", "on the second half", "shown on the second half?", "seeds",
                     rows=[[idea, *(spread(gains_in("rsum", half[idea]), "+") for half in halves),

@@ -449,7 +449,7 @@ UNTAUGHT = "unified, averaged, --distill 0"  # the unified model without a teach
 EXTENDED = "unified, averaged, own branch, intra-modal term"
 
 # Each idea: the arm with it, and the arm without it. An arm is searched two-stage, or by global alone if it has no
-# tokens; another way of searching, or an epoch, stands behind a colon.
+# tokens; another way of searching, or an epoch, stands behind a colon. First the papers' ideas:
 CLAIMS = {
     "1 one model: two-stage, or coarse alone": ("tgdt", "tgdt: global"),
     "1 one model: coarse and fine, or fine alone": ("tgdt: mixed", "tgdt: local"),
@@ -473,91 +473,93 @@ CLAIMS = {
     "8 queues of 8,192, or none": ("user, no guide, --queue 8192", "user, no guide, no queue"),
     "9 true pairs masked in the batch, or not": ("user, no guide", "user, no guide, batch unmasked"),
     "9 true pairs masked in the queue, or not": ("user, no guide", "user, no guide, queue unmasked"),
-    "10 the unified model, or TGDT": ("unified, averaged", "tgdt, averaged"),
-    "10 the unified model, or TGDT with InfoNCE and a teacher": (
+}
+UNIFIED = {  # the unified model beside its parents, and its parts
+    "the unified model, or TGDT": ("unified, averaged", "tgdt, averaged"),
+    "the unified model, or TGDT with InfoNCE and a teacher": (
         "unified, averaged", "tgdt, averaged, InfoNCE, distilled"),
-    "10 the unified model, or USER": ("unified, averaged", "user, no guide, averaged"),
-    "10 the unified model, or USER with InfoNCE and a teacher": (
+    "the unified model, or USER": ("unified, averaged", "user, no guide, averaged"),
+    "the unified model, or USER with InfoNCE and a teacher": (
         "unified, averaged", "user, no guide, averaged, InfoNCE, distilled"),
-    "10 its coarse level, or that of USER with InfoNCE and a teacher": (
+    "its coarse level, or that of USER with InfoNCE and a teacher": (
         "unified, averaged: global", "user, no guide, averaged, InfoNCE, distilled"),
-    "10 re-ranked, or its coarse level alone": ("unified, averaged", "unified, averaged: global"),
-    "10 the momentum copy teaches, or not": ("unified, averaged", UNTAUGHT),
-    "10 the momentum copy teaches, or not; USER with InfoNCE": (
+    "re-ranked, or its coarse level alone": ("unified, averaged", "unified, averaged: global"),
+    "the momentum copy teaches, or not": ("unified, averaged", UNTAUGHT),
+    "the momentum copy teaches, or not; USER with InfoNCE": (
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE"),
-    "10 the momentum copy teaches, or not; TGDT with InfoNCE": (
+    "the momentum copy teaches, or not; TGDT with InfoNCE": (
         "tgdt, averaged, InfoNCE, distilled", "tgdt, averaged, InfoNCE"),
-    "10 the copy gives half of the answers, or 0.8; USER with InfoNCE": (
+    "the copy gives half of the answers, or 0.8; USER with InfoNCE": (
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 0.8"),
-    "10 the copy gives half of the answers, or all; USER with InfoNCE": (
+    "the copy gives half of the answers, or all; USER with InfoNCE": (
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 1"),
-    "10 the copy's two-stage similarity teaches every level, or each level has its own teacher": (
+    "the copy's two-stage similarity teaches every level, or each level has its own teacher": (
         "unified, averaged, taught two-stage", "unified, averaged"),
-    "10 with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
-    "10 the fine level on tokens of its own, or on those of the coarse level": (
+    "with the intra-modal term, or without": ("unified, averaged, intra-modal term", "unified, averaged"),
+    "the fine level on tokens of its own, or on those of the coarse level": (
         "unified, averaged, own branch", "unified, averaged"),
     # Extended by both of these, own fine tokens and the intra-modal term:
-    "10 extended, or not": (EXTENDED, "unified, averaged"),
-    "10 extended: the unified model, or TGDT with InfoNCE and a teacher": (
+    "extended, or not": (EXTENDED, "unified, averaged"),
+    "extended: the unified model, or TGDT with InfoNCE and a teacher": (
         EXTENDED, "tgdt, averaged, InfoNCE, distilled"),
-    "10 extended: the unified model, or USER with InfoNCE and a teacher": (
+    "extended: the unified model, or USER with InfoNCE and a teacher": (
         EXTENDED, "user, no guide, averaged, InfoNCE, distilled"),
-    "10 extended: the unified model, or USER with InfoNCE, a teacher and the intra-modal term": (
+    "extended: the unified model, or USER with InfoNCE, a teacher and the intra-modal term": (
         EXTENDED, "user, no guide, averaged, InfoNCE, distilled, intra-modal term"),
-    "10 extended: re-ranked, or its coarse level alone": (EXTENDED, f"{EXTENDED}: global"),
-    "10 with the intra-modal term, or without; USER with InfoNCE and a teacher": (
+    "extended: re-ranked, or its coarse level alone": (EXTENDED, f"{EXTENDED}: global"),
+    "with the intra-modal term, or without; USER with InfoNCE and a teacher": (
         "user, no guide, averaged, InfoNCE, distilled, intra-modal term",
         "user, no guide, averaged, InfoNCE, distilled"),
-    "10 with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
+    "with UTO, or without": ("unified, averaged", "unified, averaged, no UTO"),
     # With BERT fine-tuned, and on the scenes, where the unified model's preset has a temperature of 0.01:
-    "10 small preset: the unified model, or TGDT": ("unified", "tgdt"),
-    "10 small preset: the unified model, or TGDT; after eight epochs": (
+    "small preset: the unified model, or TGDT": ("unified", "tgdt"),
+    "small preset: the unified model, or TGDT; after eight epochs": (
         "unified: epoch 8", "tgdt, --epochs 8: epoch 8"),
-    "10 small preset: the unified model, or TGDT with InfoNCE and a teacher; after five epochs": (
+    "small preset: the unified model, or TGDT with InfoNCE and a teacher; after five epochs": (
         "unified: epoch 5", "tgdt, InfoNCE, distilled, --epochs 5: epoch 5"),
-    "10 small preset: the unified model, or TGDT with InfoNCE": ("unified", "tgdt, InfoNCE, --temperature 0.01"),
-    "10 small preset: the unified model, or USER": ("unified", "user"),
-    "10 small preset: the unified model, or USER with InfoNCE": ("unified", "user, InfoNCE, --temperature 0.01"),
-    "10 small preset: the unified model, or USER with InfoNCE and a teacher": ("unified", "user, InfoNCE, distilled"),
-    "10 small preset: USER, or TGDT; after eight epochs": ("user: epoch 8", "tgdt, --epochs 8: epoch 8"),
-    "10 small preset: USER, or TGDT, both with InfoNCE and a teacher; after five epochs": (
+    "small preset: the unified model, or TGDT with InfoNCE": ("unified", "tgdt, InfoNCE, --temperature 0.01"),
+    "small preset: the unified model, or USER": ("unified", "user"),
+    "small preset: the unified model, or USER with InfoNCE": ("unified", "user, InfoNCE, --temperature 0.01"),
+    "small preset: the unified model, or USER with InfoNCE and a teacher": ("unified", "user, InfoNCE, distilled"),
+    "small preset: USER, or TGDT; after eight epochs": ("user: epoch 8", "tgdt, --epochs 8: epoch 8"),
+    "small preset: USER, or TGDT, both with InfoNCE and a teacher; after five epochs": (
         "user, InfoNCE, distilled: epoch 5", "tgdt, InfoNCE, distilled, --epochs 5: epoch 5"),
-    "10 small preset: InfoNCE and a teacher beside CMC, or neither; both TGDT, after five epochs": (
+    "small preset: InfoNCE and a teacher beside CMC, or neither; both TGDT, after five epochs": (
         "tgdt, InfoNCE, distilled, --epochs 5: epoch 5", "tgdt, --epochs 8: epoch 5"),
-    "10 small preset: InfoNCE and a teacher beside UTO, or neither; both USER": ("user, InfoNCE, distilled", "user"),
-    "10 small preset: TGDT re-ranked, or its coarse level alone": ("tgdt, --epochs 8", "tgdt, --epochs 8: global"),
-    "10 small preset: TGDT with InfoNCE and a teacher re-ranked, or its coarse level alone": (
+    "small preset: InfoNCE and a teacher beside UTO, or neither; both USER": ("user, InfoNCE, distilled", "user"),
+    "small preset: TGDT re-ranked, or its coarse level alone": ("tgdt, --epochs 8", "tgdt, --epochs 8: global"),
+    "small preset: TGDT with InfoNCE and a teacher re-ranked, or its coarse level alone": (
         "tgdt, InfoNCE, distilled, --epochs 5", "tgdt, InfoNCE, distilled, --epochs 5: global"),
-    "10 small preset: its coarse level, or that of USER with InfoNCE and a teacher": (
+    "small preset: its coarse level, or that of USER with InfoNCE and a teacher": (
         "unified: global", "user, InfoNCE, distilled"),
-    "10 small preset: re-ranked, or its coarse level alone": ("unified", "unified: global"),
-    "10 small preset: the momentum copy teaches, or not; USER with InfoNCE": (
+    "small preset: re-ranked, or its coarse level alone": ("unified", "unified: global"),
+    "small preset: the momentum copy teaches, or not; USER with InfoNCE": (
         "user, InfoNCE, distilled", "user, InfoNCE"),
-    "10 small preset: the momentum copy teaches, or not": ("unified, distilled", "unified"),  # on scenes
+    "small preset: the momentum copy teaches, or not": ("unified, distilled", "unified"),  # on scenes
     # With BERT frozen, without a teacher:
-    "10 untaught: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
-    "10 untaught: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
-    "10 untaught: its coarse level, or that of USER with InfoNCE": (
+    "untaught: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
+    "untaught: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
+    "untaught: its coarse level, or that of USER with InfoNCE": (
         f"{UNTAUGHT}: global", "user, no guide, averaged, InfoNCE"),
-    "10 untaught: re-ranked, or its coarse level alone": (UNTAUGHT, f"{UNTAUGHT}: global"),
-    "10 untaught: with a fine level, or the plain tokens alone": (UNTAUGHT, f"{UNTAUGHT}, plain tokens alone"),
-    "10 untaught: the plain tokens alone, coarse, or USER with InfoNCE": (
+    "untaught: re-ranked, or its coarse level alone": (UNTAUGHT, f"{UNTAUGHT}: global"),
+    "untaught: with a fine level, or the plain tokens alone": (UNTAUGHT, f"{UNTAUGHT}, plain tokens alone"),
+    "untaught: the plain tokens alone, coarse, or USER with InfoNCE": (
         f"{UNTAUGHT}, plain tokens alone: global", "user, no guide, averaged, InfoNCE"),
-    "10 untaught: InfoNCE on the plain tokens too, or not; one layer": (
+    "untaught: InfoNCE on the plain tokens too, or not; one layer": (
         f"{UNTAUGHT}, --local-layers 1", f"{UNTAUGHT}, --local-layers 1, fine tokens alone"),
-    "10 untaught: two layers in the fine level, or one": (UNTAUGHT, f"{UNTAUGHT}, --local-layers 1"),
-    "10 untaught: the fine level's gradient cut off, or whole": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 1"),
-    "10 untaught: the fine level's gradient cut off, or whole; one layer": (
+    "untaught: two layers in the fine level, or one": (UNTAUGHT, f"{UNTAUGHT}, --local-layers 1"),
+    "untaught: the fine level's gradient cut off, or whole": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 1"),
+    "untaught: the fine level's gradient cut off, or whole; one layer": (
         f"{UNTAUGHT}, --local-layers 1", f"{UNTAUGHT}, --local-layers 1, --fine-gradient 1"),
-    "10 untaught: the fine level's gradient cut off, or 0.3 of it": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 0.3"),
-    "10 untaught: CMC's hinge on the fine tokens too, or not; one layer": (
+    "untaught: the fine level's gradient cut off, or 0.3 of it": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 0.3"),
+    "untaught: CMC's hinge on the fine tokens too, or not; one layer": (
         f"{UNTAUGHT}, --local-layers 1, hinge too", f"{UNTAUGHT}, --local-layers 1"),
-    "10 untaught: the fine level sees the cells' boxes, or none; one layer": (
+    "untaught: the fine level sees the cells' boxes, or none; one layer": (
         f"{UNTAUGHT}, --local-layers 1, grid boxes", f"{UNTAUGHT}, --local-layers 1"),
-    "10 small preset: the fine level's gradient cut off, or whole": ("unified", "unified, --fine-gradient 1"),
-    "10 small preset: extended, or not": ("unified, own branch, intra-modal term", "unified"),
-    "10 InfoNCE beside UTO, or not; both USER": ("user, no guide, averaged, InfoNCE", "user, no guide, averaged"),
-    "10 InfoNCE beside CMC, or not; both TGDT": ("tgdt, averaged, InfoNCE", "tgdt, averaged"),
+    "small preset: the fine level's gradient cut off, or whole": ("unified", "unified, --fine-gradient 1"),
+    "small preset: extended, or not": ("unified, own branch, intra-modal term", "unified"),
+    "InfoNCE beside UTO, or not; both USER": ("user, no guide, averaged, InfoNCE", "user, no guide, averaged"),
+    "InfoNCE beside CMC, or not; both TGDT": ("tgdt, averaged, InfoNCE", "tgdt, averaged"),
 }
 OURS = {  # what we do otherwise than the released code, or have tried
     "TGDT averaged at a constant rate, or the model at a falling one": ("tgdt, averaged", "tgdt"),
@@ -596,7 +598,7 @@ def split_arm(text: str) -> tuple[str, str]:
     return arm, search or ("global" if arm.startswith("user") else "two_stage")
 
 
-ARMS = list(dict.fromkeys(split_arm(text)[0] for pair in (CLAIMS | OURS).values() for text in pair))
+ARMS = list(dict.fromkeys(split_arm(text)[0] for pair in (CLAIMS | UNIFIED | OURS).values() for text in pair))
 
 
 def changes_of(arm: str) -> list[Change]:
