@@ -537,24 +537,24 @@ UNIFIED = {  # the unified model beside its parents, and its parts
         "user, InfoNCE, distilled", "user, InfoNCE"),
     "small preset: the momentum copy teaches, or not": ("unified, distilled", "unified"),  # on scenes
     # With BERT frozen, without a teacher:
-    "untaught: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
-    "untaught: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
-    "untaught: its coarse level, or that of USER with InfoNCE": (
+    "no teacher: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
+    "no teacher: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
+    "no teacher: its coarse level, or that of USER with InfoNCE": (
         f"{UNTAUGHT}: global", "user, no guide, averaged, InfoNCE"),
-    "untaught: re-ranked, or its coarse level alone": (UNTAUGHT, f"{UNTAUGHT}: global"),
-    "untaught: with a fine level, or the plain tokens alone": (UNTAUGHT, f"{UNTAUGHT}, plain tokens alone"),
-    "untaught: the plain tokens alone, coarse, or USER with InfoNCE": (
+    "no teacher: re-ranked, or its coarse level alone": (UNTAUGHT, f"{UNTAUGHT}: global"),
+    "no teacher: with a fine level, or the plain tokens alone": (UNTAUGHT, f"{UNTAUGHT}, plain tokens alone"),
+    "no teacher: the plain tokens alone, coarse, or USER with InfoNCE": (
         f"{UNTAUGHT}, plain tokens alone: global", "user, no guide, averaged, InfoNCE"),
-    "untaught: InfoNCE on the plain tokens too, or not; one layer": (
+    "no teacher: InfoNCE on the plain tokens too, or not; one layer": (
         f"{UNTAUGHT}, --local-layers 1", f"{UNTAUGHT}, --local-layers 1, fine tokens alone"),
-    "untaught: two layers in the fine level, or one": (UNTAUGHT, f"{UNTAUGHT}, --local-layers 1"),
-    "untaught: the fine level's gradient cut off, or whole": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 1"),
-    "untaught: the fine level's gradient cut off, or whole; one layer": (
+    "no teacher: two layers in the fine level, or one": (UNTAUGHT, f"{UNTAUGHT}, --local-layers 1"),
+    "no teacher: the fine level's gradient cut off, or whole": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 1"),
+    "no teacher: the fine level's gradient cut off, or whole; one layer": (
         f"{UNTAUGHT}, --local-layers 1", f"{UNTAUGHT}, --local-layers 1, --fine-gradient 1"),
-    "untaught: the fine level's gradient cut off, or 0.3 of it": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 0.3"),
-    "untaught: CMC's hinge on the fine tokens too, or not; one layer": (
+    "no teacher: the fine level's gradient cut off, or 0.3 of it": (UNTAUGHT, f"{UNTAUGHT}, --fine-gradient 0.3"),
+    "no teacher: CMC's hinge on the fine tokens too, or not; one layer": (
         f"{UNTAUGHT}, --local-layers 1, hinge too", f"{UNTAUGHT}, --local-layers 1"),
-    "untaught: the fine level sees the cells' boxes, or none; one layer": (
+    "no teacher: the fine level sees the cells' boxes, or none; one layer": (
         f"{UNTAUGHT}, --local-layers 1, grid boxes", f"{UNTAUGHT}, --local-layers 1"),
     "small preset: the fine level's gradient cut off, or whole": ("unified", "unified, --fine-gradient 1"),
     "small preset: extended, or not": ("unified, own branch, intra-modal term", "unified"),
