@@ -118,9 +118,9 @@ def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | 
 
     Each row is a question with B answers, and the one on the diagonal is right: the cross-entropy of
     softmax(s / temperature). So is each column. similarity: [B, B], images by captions. positives: [B, B] bool, all
-    true pairs; those off the diagonal are left out of the sums, for they are neither the answer asked for nor wrong.
-    teacher: [B, B], the same similarities by a better model. Its softmax makes up the share `distill` of what counts
-    as right, and the truth the rest (momentum distillation, ALBEF). Returns a scalar.
+    true pairs; those off the diagonal are left out of the sums, neither asked for nor wrong. (Another image stands in a
+    column once for each of its captions.) teacher: [B, B], the same similarities by a better model. Its softmax makes
+    up the share `distill` of what counts as right, and the truth the rest (momentum distillation, ALBEF).
     """
     truth = with_diagonal(similarity, None)
     left_out = with_diagonal(similarity, positives) & ~truth

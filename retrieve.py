@@ -1,8 +1,8 @@
 """Retrieval: encode, shortlist by the coarse vectors, re-rank by the fine tokens; ranks and recall.
 
 Read beside TGDT, the part on two-stage inference, and both papers' experiments. Stage 1 takes dot products of the
-global embeddings and keeps the best K of the corpus. Stage 2 sorts these K by global + weight x local. An image is a
-query for captions, a caption is a query for images. Both stages are exact. docs/symbols.md lists the papers' symbols.
+global embeddings and keeps the best K of the corpus. Stage 2 sorts these K by global + weight x local. Both are exact:
+only what misses the shortlist is lost. An image is a query for captions, a caption one for images. (docs/symbols.md)
 """
 from __future__ import annotations
 

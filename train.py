@@ -12,7 +12,7 @@ Read beside both papers' experiments, the details of training; docs/symbols.md l
 --preset small (the default) fits a laptop, and --preset paper has the released sizes and rates. `--help` lists every
 setting. A run leaves a folder with settings.json, checkpoint.pt (the last state), best.pt (the best by validation
 rsum), history.jsonl (one line per epoch), metrics.json and pictures. Ctrl-C saves and stops, and --resume goes on from
-there, on exactly the path that the uninterrupted run would have taken.
+there. On a processor it then gives bit for bit what the uninterrupted run would have given.
 """
 from __future__ import annotations
 
@@ -128,10 +128,10 @@ def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mappi
 
 
 def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:
-    """AdamW. The pre-trained words take smaller steps than what starts from scratch: lr x text_lr, 0 freezes them.
+    """AdamW. The pre-trained words take smaller steps than what starts from scratch: lr x text_lr.
 
-    training: the group of settings of that name. (AdamW without weight decay is Adam, which TGDT's authors used.) What
-    is frozen keeps its dropout.
+    training: the group of settings of that name. With text_lr 0 the words are frozen, but keep their dropout. (AdamW
+    without weight decay is Adam, which TGDT's authors used.)
     """
     words = list(model.bert.parameters())
     for weight in words:

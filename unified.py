@@ -1,15 +1,16 @@
-"""The unified model: USER's coarse search and TGDT's late interaction over the same tokens. Neither paper has it.
+"""The unified model: USER's coarse vectors and TGDT's late interaction, made of the same tokens. Neither paper has it.
 
     regions     -> Linear + MLP   = region tokens -> GPO        = image vector
                                                   -> fine level = fine region tokens
     word pieces -> BERT -> Linear = word tokens   -> GPO        = text vector
                                                   -> fine level = fine word tokens
 
-It is USER with TGDT's idea of token guidance: the coarse vector is pooled from the tokens that late interaction aligns.
-InfoNCE trains three levels: the coarse vectors, the plain tokens, and the fine tokens. On photographs half of its
-answers come from the momentum copy, which soon is the better model (momentum distillation). A fine level of its own
-makes re-ranking worthwhile. Its gradient stops at the tokens below, because the coarse vectors would pay for it.
-docs/unified.md has the measurements behind these choices, and docs/results.md has the model beside both papers'.
+It is USER with TGDT's idea of token guidance: the coarse vector is pooled from tokens that learn to be aligned as well.
+The fine level makes fine tokens of them, which re-rank; it also sees the boxes. InfoNCE trains three levels: the coarse
+vectors, the plain tokens, and the fine tokens. On photographs half of its answers come from the momentum copy, which
+soon is the better model (momentum distillation). A fine level of its own makes re-ranking worthwhile. Its gradient
+stops at the tokens below, because the coarse vectors would pay for it. docs/unified.md has the measurements behind
+these choices, and docs/results.md has the model beside both papers'.
 """
 from __future__ import annotations
 

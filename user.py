@@ -73,7 +73,7 @@ class SelfGuidedEnhancement(nn.Module):
     def guide(self, regions: Tensor, mask: Tensor) -> Tensor:
         """The guide of each image, [B, F] of unit length (USER, SGE).
 
-        regions [B, R, F], mask [B, R] bool. Raises ValueError if an image has another number than `fixed_regions`.
+        regions [B, R, F], mask [B, R] bool. Raises ValueError unless every image has `fixed_regions` regions.
         """
         if self.fixed_regions and (regions.shape[1] != self.fixed_regions or not mask.all()):
             fewest, most = mask.sum(1).aminmax()
@@ -234,8 +234,8 @@ class MomentumContrast(nn.Module):
     """Momentum copies of both branches, and the queues of their keys (USER, momentum contrast).
 
     The copy follows the model by  copy <- r copy + (1 - r) model . So do BatchNorm's buffers, which the released code
-    leaves as they began. The copy always encodes in eval mode, without dropout and with running statistics. A copy that
-    starts at random would remember its start for 1 / (1 - r) steps. With `warm` r grows with the steps,
+    leaves as they began. The copy always encodes in eval mode, without dropout and with running statistics. With a
+    constant r, the copy keeps a share of the random start for 1 / (1 - r) steps. With `warm` r grows with the steps,
     r = min(momentum, 1 - 1 / (steps + 1)), and the copy is at first the mean of what the model has been.
     """
 
@@ -251,10 +251,14 @@ class MomentumContrast(nn.Module):
         """Stays in eval mode whatever the mode: keys are encoded without dropout."""
         return super().train(False)
 
+    def rate(self) -> float:
+        """r at this step."""
+        return min(self.momentum, 1 - 1 / (int(self.steps) + 1)) if self.warm else self.momentum
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Follow the model by one step."""
-        keep = min(self.momentum, 1 - 1 / (int(self.steps) + 1)) if self.warm else self.momentum
+        keep = self.rate()
         for ours, theirs in zip(self.encoder.state_dict().values(), model.state_dict().values(), strict=True):
             if ours.is_floating_point():
                 ours.lerp_(theirs, 1 - keep)

@@ -156,8 +156,9 @@ def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
             with open(out / "log.txt", "ab") as log, subprocess.Popen(call, stdout=log, stderr=log) as child:
                 try:
                     code = child.wait()
-                except KeyboardInterrupt:  # the child has heard Ctrl-C too, and saves
-                    code = child.wait()
+                except KeyboardInterrupt:  # the child has heard Ctrl-C too; if it trains, it saves
+                    child.wait()
+                    code = 130
             told = {0: "done", 130: "stopped"}.get(code, f"FAILED ({code}), see {out / 'log.txt'}")
             print(f"{arm}, seed {seed}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
             if code == 130:

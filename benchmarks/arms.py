@@ -206,7 +206,7 @@ class KeysInTraining(user.MomentumContrast):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        keep = min(self.momentum, 1 - 1 / (int(self.steps) + 1)) if self.warm else self.momentum
+        keep = self.rate()
         for ours, theirs in zip(self.encoder.parameters(), model.parameters(), strict=True):
             ours.lerp_(theirs, 1 - keep)
         self.steps += 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from sources.files import BadInput
 
 CLOSED = (errno.EPIPE, errno.EIO)  # the reader of our output, or the terminal, is gone
+MEMORY = "out of memory|(can't|cannot) allocate memory|alloc_failed"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -63,8 +64,8 @@ def fault_of_the_machine(error: MemoryError | RuntimeError) -> str:
     """What to say of an error that this machine is to blame for, and nothing of an error in the program."""
     if "DataLoader worker" in str(error):
         return "a process that reads batches has ended: take fewer --workers, or more shared memory (docker --shm-size)"
-    # PyTorch says it by a RuntimeError, on a GPU and without one.
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+    # PyTorch and cuBLAS say it by a RuntimeError, on a GPU and without one.
+    if isinstance(error, MemoryError) or re.search(MEMORY, str(error), re.IGNORECASE):
         return ("the memory of this machine or of its GPU is not enough; training needs less with a smaller "
                 "--batch-size, TGDT also with --pieces")
     return ""

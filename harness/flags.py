@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": narrow} | options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """As in argparse, which calls this for every parser. Two kinds of arguments are refused that it would pass."""
+        """As in argparse, which calls this for every parser. Also refuses two kinds of arguments that it accepts."""
         args = sys.argv[1:] if args is None else args
         for argument in args:
             if any("\ud800" <= letter <= "\udfff" for letter in argument):  # bytes that are not UTF-8
@@ -64,7 +64,8 @@ class Parser(argparse.ArgumentParser):
         """Print the message, suggest the flag that is nearest to an unknown one, and exit with code 2."""
         words, hint = message.split(), f"{self.prog} --help lists all flags"
         for unknown in words[2:] if words[0] == "unrecognized" else []:
-            if near := difflib.get_close_matches(unknown.split("=")[0].strip("-"), all_names(self), 1):
+            name = unknown.split("=")[0].strip("-")
+            if (near := difflib.get_close_matches(name, all_names(self), 1)) and near[0] != name:
                 hint = f"did you mean --{near[0]}? {self.prog} --help lists all flags"
                 break
         self.exit(2, f"error: {' '.join(words)}\n{hint}\n")
@@ -186,6 +187,9 @@ def search_parser() -> Parser:
     shared.add_argument("--region-weights", metavar="FILE", help="likewise the weights of the network for regions")
     shared.add_argument("--clip-model", metavar="FOLDER", help="likewise the CLIP")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
+    shared.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
+    shared.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
+                        help="processes that decode pictures (default: one a core, 8 at most)")
     one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
                               description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
     one.add_argument("run", type=place, metavar="RUN", help="a run folder that train.py wrote, or an index in Qdrant")
@@ -203,9 +207,6 @@ def search_parser() -> Parser:
     two.add_argument("--approximate", action="store_true", help="let Qdrant find shortlists by HNSW, print its recall")
     two.add_argument("--images", type=path, metavar="FOLDER",
                      help="index the pictures in this folder instead of a split; wants a run trained on pictures")
-    two.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
-    two.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
-                     help="processes that decode pictures (default: one a core, 8 at most)")
     two.add_argument("--dtype", choices=DTYPES, default="float16",
                      help="how tokens are stored (default float16)")
     three = commands.add_parser("search", parents=[shared], help="find pictures by a caption, or captions by a picture",
@@ -218,7 +219,7 @@ def search_parser() -> Parser:
     query.add_argument("--image", metavar="FILE",
                        help="a picture to find captions for: one of the split's, by name or row; or, for a run that "
                        "was trained on pictures or on scenes, any file")
-    three.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default 5)")
+    three.add_argument("--top", type=whole(1, 1_000_000), default=5, metavar="N", help="how many to show (default 5)")
     three.add_argument("--json", action="store_true", help="one line of JSON per query, for programs")
     three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found")
     three.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")

@@ -23,6 +23,10 @@ from sources.files import BadInput, explained, read_weights
 # What every checkpoint of ours holds.
 CHECKPOINT = {"settings": dict, "feature_dim": int, "seen": dict, "bert": dict, "train_data": str, "model": dict,
               "epoch": int}
+# What decides the shape of a BERT. Nothing else of a checkpoint reaches transformers.
+BERT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+        "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id", "hidden_dropout_prob",
+        "attention_probs_dropout_prob")
 
 
 class Opened(NamedTuple):
@@ -41,8 +45,6 @@ def best_checkpoint(folder: Path) -> Path:
 
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint that this program wrote. Raises BadInput if it is anything else; runs no code from the file."""
-    if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint")
     checkpoint = read_weights(path, "a checkpoint of this program")
     if not isinstance(checkpoint, dict) or not all(
             isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items()):
@@ -83,8 +85,9 @@ def resumed_settings(folder: Path, given: dict) -> Settings:
 def check_settings(path: Path, checkpoint: dict, settings: Settings) -> None:
     """Raises BadInput if a checkpoint belongs to other settings than those in settings.json."""
     for group, inside in asdict(settings).items():
+        known = checkpoint["settings"].get(group)
         for name, value in inside.items():
-            before = checkpoint["settings"].get(group, {}).get(name)
+            before = known.get(name) if isinstance(known, dict) else None
             if before != value and name not in (*MAY_CHANGE, "epochs", "regions"):
                 raise BadInput(f"{path} was made with {settings_.flag(name)} {before}, but settings.json beside it "
                                f"says {value}")
@@ -101,23 +104,25 @@ def open_run(folder: Path) -> Opened:
         raise BadInput(f"{folder / 'best.pt'}: missing, though {checkpoint['epoch']} epochs have ended")
     with explained(path, f"a checkpoint that fits {folder / 'settings.json'}"):
         check_settings(path, checkpoint, settings)
-        bert, tokenizer = text_encoder(folder, checkpoint)
+        bert, tokenizer = text_encoder(path, checkpoint)
         clip_dim = (checkpoint["seen"]["clip"] or {}).get("dim", 0)
         model = models.build(settings, bert, checkpoint["feature_dim"], clip_dim)
         model.load_state_dict(checkpoint["model"])
     return Opened(settings, checkpoint, model.eval(), tokenizer)
 
 
-def text_encoder(folder: Path, checkpoint: dict) -> tuple[BertModel, BertTokenizer]:
-    """A BERT of the shape that the checkpoint's weights have, still without them, and the tokenizer of a run folder.
+def text_encoder(path: Path, checkpoint: dict) -> tuple[BertModel, BertTokenizer]:
+    """A BERT of the shape that the weights of the checkpoint `path` have, still without them, and its run's tokenizer.
 
-    Raises BadInput if the tokenizer cannot be read.
+    Raises BadInput if the tokenizer cannot be read, or no BERT has this shape.
     """
     try:
-        tokenizer = models.read_tokenizer(folder / "tokenizer", trust_remote_code=False, local_files_only=True)
+        tokenizer = models.read_tokenizer(path.parent / "tokenizer", trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds
-        raise BadInput(f"{folder / 'tokenizer'}: the tokenizer cannot be read") from error
-    return BertModel(BertConfig(**checkpoint["bert"]), add_pooling_layer=False), tokenizer
+        raise BadInput(f"{path.parent / 'tokenizer'}: the tokenizer cannot be read") from error
+    with explained(path, "a checkpoint with the shape of a BERT"):
+        config = BertConfig(**{name: checkpoint["bert"][name] for name in BERT})
+        return BertModel(config, add_pooling_layer=False), tokenizer
 
 
 def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
@@ -136,6 +141,12 @@ def fingerprint(split: data.Split) -> str:
         for array in split.features.read([row]):
             hashed.update(np.ascontiguousarray(array).tobytes())
     return hashed.hexdigest()
+
+
+def check_finite(model: nn.Module, out: Path, epoch: int, step: int) -> None:
+    """Raises BadInput if a weight of the model is not finite."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise diverged(out, "a weight is not finite", epoch, step)
 
 
 def diverged(out: Path, found: str, epoch: int, step: int) -> BadInput:

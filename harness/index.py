@@ -3,7 +3,7 @@
 Stage 1 needs the vectors, stage 2 the tokens, for which a large corpus has no room in memory. The folder holds, for
 images and for captions, raw arrays in the order of the items:
 
-    image.globals  float32 [N, D]     image.tokens  half precision [total, D], packed     image.offsets  int64 [N + 1]
+    image.globals  float32 [N, D]     image.tokens  --dtype [total, D], packed     image.offsets  int64 [N + 1]
     text.globals, text.tokens, text.offsets likewise; names.json; manifest.json, which names the model's checkpoint
 
 An index grows in a hidden folder beside it, which is renamed when it is whole. A kill at any moment leaves the old

@@ -66,7 +66,8 @@ def read_tokenizer(name: str | Path, **options) -> BertTokenizer:
 def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int = 0) -> torch.nn.Module:
     """The model of the settings, for region features of `feature_dim` numbers and CLIP embeddings of `clip_dim`.
 
-    Raises BadInput if TGDT's region encoder should be as wide as the features, and its heads do not divide that.
+    Raises BadInput if the region encoder is as wide as the features (`--region-width 0`), and the heads do not divide
+    that.
     """
     enhancement, shape = settings.enhancement, settings.architecture
     guide = None
@@ -92,7 +93,7 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
 def resolve(device: str, precision: str) -> tuple[torch.device, str]:
     """What "auto" means on this machine: its first GPU, else the CPU; bfloat16 on a GPU that has it, else float32.
 
-    Raises BadInput for "cuda" where there is no GPU.
+    Also turns TF32 off in cuDNN. Raises BadInput for "cuda" where there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: PyTorch finds no GPU on this machine; use --device cpu")

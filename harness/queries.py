@@ -71,8 +71,9 @@ def open_side(place: Path | str, args: argparse.Namespace) -> Side:
     """Open a run or an index, with its pictures. Raises BadInput if something is missing or has changed."""
     if qdrant.is_address(place):
         raise BadInput(f"{place}: the page needs a run or an index on disk")
-    args = argparse.Namespace(**vars(args) | {"run": place})
-    opened = searching.open_index(args) if index.is_index(place) else None
+    is_index = index.is_index(place)
+    args = argparse.Namespace(**vars(args) | {"run": place, "from_run": args.from_run if is_index else None})
+    opened = searching.open_index(args) if is_index else None
     where, split = (opened.folder, opened.manifest["split"]) if opened else (place, args.split)
     run = searching.open_run(where, args, split, with_data=split != "images")
     if split == "images":  # an index of a folder of pictures

@@ -27,9 +27,9 @@ from tgdt import Encoded
 def encode(branch: Callable[[Mapping], Encoded], batch: Mapping[str, Tensor], pieces: int = 1) -> Encoded:
     """What `branch` makes of a batch: a model's encode_images or encode_texts, of which each rank does its share.
 
-    pieces: how many parts a share is encoded in, to save memory. What is inside the network is then forgotten, and
-    computed again in the backward pass, piece by piece, with the same dropout. The gradient stays exact if the rows of
-    a batch do not see each other in the network. Raises BadInput if the batch has too few images.
+    pieces: how many parts a share is encoded in, to save memory. What the network computes inside is then thrown
+    away, and computed again in the backward pass, piece by piece, with the same dropout. The gradient stays exact if
+    the rows of a batch do not see each other in the network. Raises BadInput if the batch has too few images.
     """
     parts = count() * pieces
     if parts == 1:

@@ -68,9 +68,11 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
 
     Raises BadInput if the run, the data, or a network that looks at pictures is missing or does not fit.
     """
+    if getattr(args, "from_run", None) not in (None, folder):
+        raise BadInput(f"--from-run is for an index, and {folder} is a run")
     opened = folders.open_run(folder)
     moved = {name: str(getattr(args, name)) for name in ("data_root", "region_weights", "clip_model")
-             if getattr(args, name)}
+             if getattr(args, name)} | ({"skip_bad": True} if args.skip_bad else {})
     settings = settings_.from_flat(settings_.flat(opened.settings) | moved)
     device, precision = models.resolve(args.device, settings.run.precision)
     out = Searched(settings, opened.model.to(device), device, precision, opened.tokenizer, opened.checkpoint["seen"])
@@ -81,7 +83,7 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
         if split and split not in splits:
             raise BadInput(f"{root}: {settings.run.dataset} has no {split} split here")
         out.split = splits[split] if split else splits.get("test", splits.get("val"))
-        pictures.prepare({out.split.name: out.split}, settings, folder, device, wanted=out.seen)
+        pictures.prepare({out.split.name: out.split}, settings, folder, device, args.workers, out.seen)
         folders.check_features(folder, opened.checkpoint, out.split.features.dim)
         out.words = data.tokenize(out.split.captions, out.tokenizer, settings.text.longest)
     return out
@@ -92,8 +94,8 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
 
 def run_evaluate(args: argparse.Namespace) -> None:
     if qdrant.is_address(args.run):
-        if args.shortlist or args.save:
-            raise BadInput(f"{args.run}: --shortlist and --save need a run")
+        if args.shortlist or args.save or args.dtype != "float32":
+            raise BadInput(f"{args.run}: --shortlist, --save and --dtype need a run")
         opened = open_index(args)
         if opened.manifest["split"] == "images":
             raise BadInput(f"{args.run} is an index of pictures without captions: it has no recall")
@@ -254,22 +256,17 @@ def open_index(args: argparse.Namespace) -> index.Index:
 
 def check_search(args: argparse.Namespace) -> list[str]:
     """The captions asked for. Raises BadInput if the flags make no sense."""
-    if args.top < 1:
-        raise BadInput(f"--top {args.top}: expected at least 1")
     if args.save:
         figures.check_place(args.save)
     if args.queries:
         if args.save:
             raise BadInput("--save draws one query, --queries has many")
-        if str(args.queries) != "-":
-            return layouts.read_captions(args.queries)
-    with explained("standard input" if args.queries else "the caption", "text in UTF-8"):
-        lines = sys.stdin.buffer.read().decode().split("\n") if args.queries else []
-        captions = [line.strip() for line in lines if line.strip()] if args.queries else [args.caption]
+        return layouts.read_captions(args.queries)
+    with explained("the caption", "text in UTF-8"):
         (args.caption or "").encode()  # raises an error for bytes that are not text
-    if not captions or args.image is None and not captions[0].strip():
+    if args.image is None and not args.caption.strip():
         raise BadInput("the caption is empty")
-    return captions
+    return [args.caption]
 
 
 def picture_query(run: Searched, name: str) -> tuple[data.Split, int]:

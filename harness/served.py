@@ -19,6 +19,7 @@ from torch import Tensor
 import retrieve
 from harness import engines, qdrant
 from harness.index import DTYPES, KINDS, Index
+from losses import over_words
 from retrieve import Embeddings
 from sources.files import BadInput
 
@@ -48,7 +49,7 @@ class Side:
             if not weight or block.tokens is None or not self.manifest["tokens"]:
                 found.append((rows, coarse, coarse))
             elif block.kind == "text" and block.offsets.diff().min() > 0:
-                local = self.max_sim(block, rows) / (block.offsets.diff()[:, None] if reduction == "mean" else 1)
+                local = over_words(self.max_sim(block, rows), block.offsets.diff()[:, None], reduction)
                 scores, order = (coarse + weight * local).sort(dim=1, descending=True, stable=True)
                 found.append((rows.gather(1, order), scores, coarse.gather(1, order)))
             else:

@@ -218,6 +218,8 @@ def check(settings: Settings) -> None:
         raise BadInput(f"--picture-side {settings.pictures.picture_side}: expected 0, or at least 32 pixels")
     if run.model == "tgdt" and settings.enhancement.guide != "none":
         raise BadInput(f"--guide {settings.enhancement.guide}: only --model user and --model tgdt-user have a guide")
+    if (regions := settings.enhancement.fixed_regions) and settings.enhancement.guide != "self":
+        raise BadInput(f"--fixed-regions {regions}: it is a part of SGE, expected --guide self")
     if run.model != "tgdt" and 0 < queue < training.batch_size:
         raise BadInput(f"--queue {queue}: expected at least --batch-size {training.batch_size}, or 0 for no queue")
     if (share := settings.infonce.distill) and settings.infonce.infonce_weight == 0:

@@ -43,7 +43,7 @@ class Run:
     tokenizer: BertTokenizer
     splits: dict[str, data.Split]
     words: dict[str, list]     # of each split, the word pieces of its captions
-    inputs: dict               # what building the model needs beside the settings: feature_dim, seen, bert
+    inputs: dict               # feature_dim, seen and bert, which build the model; train_data, to know the data again
     out: Path
     device: torch.device
     precision: str
@@ -76,14 +76,14 @@ class Run:
                 for name in ("epoch", "step", "losses", "history"):
                     setattr(self, name, self.last[name])
                 torch.set_rng_state(self.last["rng"])
-            except (KeyError, RuntimeError, ValueError, TypeError) as error:
+                self.started -= self.history[-1]["seconds"] if self.history else 0
+            except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise BadInput(f"{self.out / 'checkpoint.pt'}: not a checkpoint of this model ({error})") from error
             if self.device.type == "cuda" and "cuda_rng" in self.last:
                 torch.cuda.set_rng_state(self.last["cuda_rng"])
             if torchrun.number() == 0:
                 self.write_history()  # a kill may have come between the checkpoint and this file
                 settings_.write(self.out / "settings.json", self.settings)  # what --resume changed: all of it fits
-            self.started -= self.history[-1]["seconds"] if self.history else 0
             self.last = None  # it has the size of the model, the copy and the optimizer
         self.bar.update(self.epoch * self.steps_per_epoch + self.step)
 
@@ -134,6 +134,7 @@ class Run:
         if torchrun.number() > 0:
             self.epoch, self.step, self.losses = self.epoch + 1, 0, []
             return
+        folder.check_finite(self.model, self.out, self.epoch, self.step)
         val = self.evaluate(self.kept)  # before the epoch counts as done, since this may end with an error
         final = report.final(val)
         line = {"epoch": self.epoch + 1, "loss": sum(self.losses) / len(self.losses),
@@ -180,8 +181,7 @@ class Run:
         """Write checkpoint.pt: all that an exact resume needs. Only rank 0 does. Raises BadInput if a weight is NaN."""
         if torchrun.number() > 0:
             return
-        if not all(weight.isfinite().all() for weight in self.model.parameters()):  # the last checkpoint is better
-            raise folder.diverged(self.out, "a weight is not finite", self.epoch, self.step)
+        folder.check_finite(self.model, self.out, self.epoch, self.step)  # else the last checkpoint is better
         state = self.inputs | {"settings": asdict(self.settings), "rng": torch.get_rng_state()}
         state |= {name: getattr(self, name) for name in ("epoch", "step", "losses", "history")}
         state |= {name: part.state_dict() for name, part in self.parts().items()}
@@ -213,7 +213,7 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     settings.pictures.regions = pictures.kind(settings, splits, where)
     say(f"loading the text encoder: {settings.text.text_encoder}")
     known = last and (out / "tokenizer").is_dir()  # then the text encoder's own files are not needed any more
-    bert, tokenizer = folder.text_encoder(out, last) if known else models.text_encoder(settings)
+    bert, tokenizer = folder.text_encoder(out / "checkpoint.pt", last) if known else models.text_encoder(settings)
     if torchrun.number() == 0 and not last:  # before the features, which take long, so that --resume works
         settings_.write(out / "settings.json", settings)
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])

@@ -25,7 +25,7 @@ from sources import photos
 from sources.files import BadInput
 from sources.store import Facts, Store, digest, facts
 
-FEW = 64  # so many pictures are decoded faster without starting other processes
+FEW = 64  # up to so many pictures, starting other processes costs more than it saves
 FIRST = 4  # batches, on which the time of a pass is measured
 
 

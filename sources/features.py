@@ -28,7 +28,7 @@ from sources.store import LARGEST, Store
 
 TERAN = "linked from github.com/mesnico/TERAN"
 MOST = 64 * 2**20  # bytes of one image's features, or of one file that lists ids
-told: set[str] = set()  # the sources whose zeros have been told
+told: set[str] = set()  # the sources that were warned about, whose features are all zero
 
 
 class InMemory:

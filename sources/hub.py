@@ -1,4 +1,4 @@
-"""The model hub: is it within reach, how are models loaded from it, and what is to be done where they cannot be.
+"""The model hub: whether it can be reached, how models are loaded from it, and what to say if they cannot be.
 
 Its own library takes half a minute to find out that there is no network; a user should wait two seconds.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import posixpath
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -134,8 +135,14 @@ def read_scan(dataset: str, root: Path, folder: Path, entries: list[Entry],
 
 
 def read_captions(path: Path) -> list[str]:
-    """One caption a line; the last line may lack its newline. Raises BadInput for an empty line or broken UTF-8."""
-    content = photos.read_file(path, "a file of captions")
+    """One caption a line; the last line may lack its newline. The path - is standard input.
+
+    Raises BadInput for an empty line or broken UTF-8.
+    """
+    if str(path) == "-":
+        content, path = sys.stdin.buffer.read(), "standard input"
+    else:
+        content = photos.read_file(path, "a file of captions")
     with explained(path, "a readable file"):  # splitlines() would also split at other characters than newlines
         captions = [line.strip() for line in content.decode().removesuffix("\n").split("\n")]
     if "" in captions:

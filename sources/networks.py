@@ -70,6 +70,9 @@ def on_canvas(picture: Image.Image, side: int) -> dict[str, Tensor]:
 
 def as_clip_sees(picture: Image.Image, processor: CLIPImageProcessor) -> dict[str, Tensor]:
     """The middle of the picture, as CLIP was trained: pixels [3, S, S] float32."""
+    side = 4 * min(picture.size)  # the rest of a thin picture is cut off anyway, but would first be scaled up
+    left, top = (max(0, length - side) // 2 for length in picture.size)
+    picture = picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
     return {"pixels": processor(images=picture, return_tensors="pt")["pixel_values"][0]}
 
 

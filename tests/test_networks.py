@@ -156,6 +156,18 @@ def test_patches_and_the_guide_are_those_of_the_whole_clip(clips):
     assert np.allclose(patches.look(batch(patches, images))["regions"], slots, atol=1e-4)
 
 
+def test_a_thin_picture_is_cut_before_clip_scales_it_up(clips):
+    given = []
+
+    def processor(images, **options):
+        given.append(images.size)
+        return clips[0].processor(images=images, **options)
+
+    for size, cut in (((3, 20_000), (3, 12)), ((50, 4), (16, 4)), ((16, 4), (16, 4)), ((9, 7), (9, 7))):
+        assert networks.as_clip_sees(Image.new("RGB", size), processor)["pixels"].shape == (3, 16, 16)
+        assert given.pop() == cut
+
+
 def test_what_decides_the_output_decides_the_identity(detector, grid, weights, clips, tmp_path):
     def resnet(file: str) -> Classifier:
         return load_classifier("resnet18", file)

@@ -16,7 +16,7 @@ from sources import scenes
 from sources.files import BadInput
 
 OPTIONS = {"split": None, "data_root": None, "region_weights": None, "clip_model": None, "device": "cpu",
-           "from_run": None}
+           "from_run": None, "skip_bad": False, "workers": 0}
 
 
 def random(kind: str, lengths: list[int], seed: int) -> Embeddings:

@@ -52,6 +52,9 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     assert retrieve.main(["search", out, "--queries", "-"]) == 2
     assert "standard input, line 5001: byte 0xff is not UTF-8" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red dog\n\na small ball")))
+    assert retrieve.main(["search", out, "--queries", "-"]) == 2
+    assert "standard input, line 2: empty, expected a caption" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red dog\na small ball\n")))
     assert retrieve.main(["search", out, "--queries", "-", "--json", "--top", "2"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
     alone = answers_of(out, "a red dog", capsys)

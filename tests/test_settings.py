@@ -148,6 +148,7 @@ def test_a_value_of_another_kind_is_refused_by_name(name):
 
 @pytest.mark.parametrize("given, said", [
     ({"dim": 6}, "--dim 6"), ({"region_width": 6}, "--region-width 6"), ({"batch_size": 5}, "--batch-size 5"),
+    ({"model": "user", "guide": "none", "fixed_regions": 36}, "--fixed-regions 36: .* --guide self"),
     ({"model": "user", "distill": 0.5}, "--distill 0.5: .* --infonce-weight"),
     ({"distill": 0.5, "infonce_weight": 1, "keep": "model"}, "--distill 0.5: .* --keep momentum"),
     ({"model": "user", "distill": 0.5, "infonce_weight": 1, "queue": 0, "keep": "model"}, "--distill 0.5: .* --queue"),
@@ -260,10 +261,15 @@ def test_a_mistake_in_a_flag_takes_two_lines(arguments, said, capsys):
 
 def test_the_parser_knows_the_flags_of_its_commands(capsys):
     parser = flags.Parser(prog="retrieve.py")
-    parser.add_subparsers().add_parser("search").add_argument("--queries")
+    commands = parser.add_subparsers()
+    commands.add_parser("search").add_argument("--queries")
+    commands.add_parser("page")
     with pytest.raises(SystemExit):
         parser.parse_args(["search", "--querys", "x"])
     assert "did you mean --queries?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # a flag of another command is no misspelling
+        parser.parse_args(["page", "--queries", "x"])
+    assert "did you mean" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["a,b", "10,,20", "0,5", "", "1.5"])

@@ -86,6 +86,17 @@ def test_a_run_that_diverges_says_so_and_leaves_the_folder_usable(flags, capsys,
     monkeypatch.setattr(losses, "cmc", lambda *given: cmc(*given) * float("nan"))
     refused(train.main, flags, capsys, "training diverged", "Nothing was kept")
     monkeypatch.undo()
+    after_step = training.Run.after_step
+
+    def broken(run, *given):  # in the last step of the epoch, after the last look at the loss
+        told = after_step(run, *given)
+        if run.step == run.steps_per_epoch:
+            next(run.model.parameters()).data[:] = float("nan")
+        return told
+
+    monkeypatch.setattr(training.Run, "after_step", broken)
+    refused(train.main, flags, capsys, "a weight is not finite at epoch 1", "Nothing was kept")
+    monkeypatch.undo()
     assert train.main([*flags, "--epochs", "1"]) == 0
 
 
@@ -172,7 +183,13 @@ def test_a_run_goes_on_without_its_text_encoder_s_files_and_with_its_own_command
     assert [line["epoch"] for line in history] == [1, 2] and history[0]["seconds"] < history[1]["seconds"]
 
 
-@pytest.mark.parametrize("work", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
+def fails(message: str) -> None:
+    raise RuntimeError(message)
+
+
+@pytest.mark.parametrize("work", [lambda: torch.empty(2**60), lambda: bytearray(2**62),
+                                  lambda: fails("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+                                  lambda: fails("unable to mmap 16 bytes: Cannot allocate memory (12)")])
 def test_too_little_memory_is_one_line(work, capsys):
     assert console.run_command(work) == 2
     message = capsys.readouterr().err
@@ -240,7 +257,7 @@ def test_a_run_without_its_best_weights_is_not_searched_with_others(run, capsys)
     for command in (["evaluate"], ["search", "a dog"], ["index", "--out", str(run) + "-index"]):
         refused(retrieve.main, [command[0], str(run), *command[1:]], capsys, "best.pt: missing, though 1 epochs")
     (run / "best.pt").mkdir()
-    refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt: no such checkpoint")
+    refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt: no such file, expected a checkpoint")
     (run / "best.pt").rmdir()
     assert train.main(resume(run, "--epochs", "2")) == 0 and (run / "best.pt").is_file()
 
@@ -252,6 +269,22 @@ def test_a_checkpoint_of_another_shape_is_reported(run, change, capsys):
     state = torch.load(run / "best.pt", weights_only=True)
     torch.save(state | change, run / "best.pt")
     refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt")
+
+
+@pytest.mark.parametrize("change", [{"bert": {"hidden_size": "x"}}, {"settings": {"run": 3}}, {"optimizer": 5},
+                                    {"history": [3]}, {"rng": 1}], ids=str)
+def test_a_damaged_checkpoint_is_not_gone_on_with(run, change, capsys):
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(state | change, run / "checkpoint.pt")
+    refused(train.main, resume(run, "--epochs", "2"), capsys, str(run))
+
+
+def test_a_checkpoint_decides_the_shape_of_its_bert_and_nothing_else(run):
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["bert"] |= {"attn_implementation": "kernels-community/flash-attn2", "is_decoder": True}
+    torch.save(state, run / "best.pt")
+    config = folder.open_run(run).model.bert.config
+    assert not config.is_decoder and config._attn_implementation == "sdpa"
 
 
 def test_a_tokenizer_that_cannot_be_read_is_reported(run, capsys):
