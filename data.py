@@ -58,7 +58,8 @@ class Split:
         """Drop all images but the good ones, and their captions, before there are features. good: [N] bool."""
         kept = good[self.image_of]                                                    # [M] bool
         self.captions = [caption for caption, stays in zip(self.captions, kept, strict=True) if stays]
-        self.image_of = (np.cumsum(good) - 1)[self.image_of[kept]]
+        new_row = np.cumsum(good) - 1                                                 # [N], for the good images
+        self.image_of = new_row[self.image_of[kept]]
         self.image_names = [name for name, stays in zip(self.image_names, good, strict=True) if stays]
         self.pictures = [picture for picture, stays in zip(self.pictures, good, strict=True) if stays]
 
@@ -147,9 +148,11 @@ class CaptionNoise:
 
     def draw_fate(self, rng: np.random.Generator) -> str:
         draw = rng.random()
-        if draw >= self.chance:
-            return "stays"
-        return "hidden" if draw < 0.5 * self.chance else "changed" if draw < 0.6 * self.chance else "vanishes"
+        if draw < 0.5 * self.chance:
+            return "hidden"
+        if draw < 0.6 * self.chance:
+            return "changed"
+        return "vanishes" if draw < self.chance else "stays"
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -194,34 +197,36 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
                   epoch: int) -> list[list[int]]:
     """The batches of an epoch, lists of caption rows: some images, and `captions_per_image` captions of each.
 
-    An epoch goes in rounds. In each round every image gives its next captions, in a new order of the images, so that an
-    image is encoded once for several captions. An image that has fewer left gives those. The last batch is dropped if
-    it is not full, unless it is the only one. The result depends on (seed, epoch) alone.
+    An epoch goes in rounds. In each round every image gives its next captions, or what is left of them, and the images
+    come in a new order. So an image is encoded once for several captions. The last batch is dropped if it is not full,
+    unless it is the only one. The result depends on (seed, epoch) alone.
 
     A batch has two images or more (if there are two), as one alone has no negatives. So the image with the most
-    captions gives no more of them than the one with the second most has.
+    captions gives only as many as the image with the second most. The rest would meet no other image.
     """
     rng = np.random.default_rng([seed, epoch])
     captions_of: dict[int, list[int]] = {}
+    # (The argsort of a shuffle is a shuffle, too. This one gives the batches of the stored results.)
     for caption in np.argsort(rng.permutation(len(image_of))).tolist():
         captions_of.setdefault(int(image_of[caption]), []).append(caption)
     counts = sorted(map(len, captions_of.values()))
     most = counts[-2] if len(counts) > 1 else counts[0]  # the second most that an image has
-    each = min(captions_per_image, batch_size // 2, most)  # with fewer captions per image, a batch gets more images
+    per_image = min(captions_per_image, batch_size // 2, most)  # at most half a batch, so that two images fit
 
     groups = []  # (round, image, the captions that it gives in this round)
     for image in sorted(captions_of):
         captions = captions_of[image][:most]
-        groups += [(start // each, image, captions[start : start + each]) for start in range(0, len(captions), each)]
+        for start in range(0, len(captions), per_image):
+            groups.append((start // per_image, image, captions[start : start + per_image]))
     groups = [groups[place] for place in np.argsort(rng.permutation(len(groups)))]
     groups.sort(key=lambda group: group[0])  # by round; sort is stable, so a round stays in random order
 
-    images = batch_size // each  # in a batch
-    batches = [groups[start : start + images] for start in range(0, len(groups), images)]
+    size = batch_size // per_image  # images in a batch
+    batches = [groups[start : start + size] for start in range(0, len(groups), size)]
     for batch, after in pairwise(batches):
         if len({image for _, image, _ in batch}) == 1:  # an image was last in one round and first in the next
             batch[-1], after[0] = after[0], batch[-1]
-    if len(batches) > 1 and len(batches[-1]) < images:
+    if len(batches) > 1 and len(batches[-1]) < size:
         batches.pop()
     return [[caption for _, _, captions in batch for caption in captions] for batch in batches]
 

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------- TGDT: CMC
 
-
-def single(values: Tensor) -> Tensor:
-    """In float32 or better. In half precision sums would lose digits, and e^{mu s} would overflow."""
+def at_least_float32(values: Tensor) -> Tensor:
+    """float64 stays, half precision becomes float32: the sums of a loss would lose digits in it."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -30,6 +28,9 @@ def with_diagonal(similarity: Tensor, positives: Tensor | None) -> Tensor:
         raise ValueError(f"expected a square similarity matrix, got {tuple(similarity.shape)}")
     diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     return diagonal if positives is None else diagonal | positives
+
+
+# ------------------------------------------------------------------------------------------------- TGDT: CMC
 
 
 def hinge(similarity: Tensor, margin: float = 0.2, positives: Tensor | None = None,
@@ -44,8 +45,9 @@ def hinge(similarity: Tensor, margin: float = 0.2, positives: Tensor | None = No
                 which is gentler while the embeddings are still random.
     Returns a scalar. Raises ValueError if the matrix is not square or `negatives` is another word.
     """
-    similarity, positives = single(similarity), with_diagonal(similarity, positives)
+    similarity, positives = at_least_float32(similarity), with_diagonal(similarity, positives)
     truth = similarity.diagonal()
+    # A true pair gets 0, the least that a hinge can be, so it never is the worst. rows, columns: [B, B]
     rows = (margin + similarity - truth[:, None]).clamp(min=0).masked_fill(positives, 0)
     columns = (margin + similarity - truth[None, :]).clamp(min=0).masked_fill(positives, 0)
     if negatives == "hardest":
@@ -71,16 +73,19 @@ def local_similarity(region_tokens: Tensor, region_mask: Tensor, word_tokens: Te
     caption = word_mask.nonzero()[:, 0]                              # [n], the caption that each word belongs to
     dots = (region_tokens.flatten(0, 1) @ words.T).view(*region_mask.shape, len(words))         # [I, R, n]
     dots = dots.masked_fill(~region_mask[:, :, None], float("-inf"))
-    best = single(dots.max(1).values)                                # [I, n]; max has a cheaper gradient than amax
+    best = at_least_float32(dots.max(1).values)                      # [I, n]; max has a cheaper gradient than amax
     total = best.new_zeros(len(best), len(word_mask)).index_add(1, caption, best)               # [I, C]
     return over_words(total, word_mask.sum(1), reduction)
 
 
-def over_words(total: Tensor, words: Tensor, reduction: str) -> Tensor:
-    """total [..., C], a sum over words [C] words, as it is or as a mean. Raises ValueError for another reduction."""
+def over_words(total: Tensor, count: Tensor, reduction: str) -> Tensor:
+    """total [..., C], sums over the words of each caption, as they are or divided by the numbers of words, count [C].
+
+    Raises ValueError for another reduction.
+    """
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction is "sum" or "mean", not {reduction!r}')
-    return total if reduction == "sum" else total / words.clamp(min=1)
+    return total if reduction == "sum" else total / count.clamp(min=1)
 
 
 def intra_consistency(image_global: Tensor, text_global: Tensor, margin: float = 0.3) -> Tensor:
@@ -89,14 +94,13 @@ def intra_consistency(image_global: Tensor, text_global: Tensor, margin: float =
     Sum over i of [ max over j of |t(i, j) - v(i, j)| - margin ]+ , where v are the similarities of image with image
     and t those of caption with caption. image_global, text_global: [B, D] unit length. Returns a scalar.
     """
-    images, texts = single(image_global @ image_global.T), single(text_global @ text_global.T)
-    return ((texts - images).abs().amax(0) - margin).clamp(min=0).sum()
+    images, texts = at_least_float32(image_global @ image_global.T), at_least_float32(text_global @ text_global.T)
+    return ((texts - images).abs().amax(0) - margin).clamp(min=0).sum()  # symmetric: rows or columns
 
 
-def cmc(
-    image_global: Tensor, text_global: Tensor, local: Tensor | None = None, positives: Tensor | None = None,
-    margin: float = 0.2, intra_margin: float = 0.3, local_weight: float = 10.0, negatives: str = "hardest",
-) -> Tensor:
+def cmc(image_global: Tensor, text_global: Tensor, local: Tensor | None = None, positives: Tensor | None = None,
+        margin: float = 0.2, intra_margin: float = 0.3, local_weight: float = 10.0,
+        negatives: str = "hardest") -> Tensor:
     """Consistent multimodal contrastive loss: inter-modal on both levels, plus intra-modal (TGDT, CMC).
 
     image_global, text_global: [B, D] unit length.  local: [B, B] from `local_similarity`, or None for the coarse level
@@ -118,19 +122,20 @@ def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | 
 
     Each row is a question with B answers, and the one on the diagonal is right: the cross-entropy of
     softmax(s / temperature). So is each column. similarity: [B, B], images by captions. positives: [B, B] bool, all
-    true pairs; those off the diagonal are left out of the sums, neither asked for nor wrong. (Another image stands in a
-    column once for each of its captions.) teacher: [B, B], the same similarities by a better model. Its softmax makes
-    up the share `distill` of what counts as right, and the truth the rest (momentum distillation, ALBEF).
+    true pairs; those off the diagonal are left out, and are neither right nor wrong answers. (An image with two
+    captions in the batch is two wrong answers to a third.) teacher: [B, B], the same similarities by a better model.
+    Its softmax gives the share `distill` of the target, the diagonal the rest (momentum distillation, ALBEF).
     """
-    truth = with_diagonal(similarity, None)
-    left_out = with_diagonal(similarity, positives) & ~truth
-    logits = (single(similarity) / temperature).masked_fill(left_out, torch.finfo(torch.float32).min)
-    by_row = by_column = truth.to(logits.dtype)                                                     # [B, B]
+    diagonal = with_diagonal(similarity, None)
+    left_out = with_diagonal(similarity, positives) & ~diagonal
+    # Not -inf, which times a target of 0 would be NaN in cross_entropy.
+    logits = (at_least_float32(similarity) / temperature).masked_fill(left_out, torch.finfo(torch.float32).min)
+    row_target = column_target = diagonal.to(logits.dtype)                                          # [B, B]
     if teacher is not None:
-        taught = (single(teacher.detach()) / temperature).masked_fill(left_out, float("-inf"))
-        by_row = (1 - distill) * by_row + distill * taught.softmax(1)
-        by_column = (1 - distill) * by_column + distill * taught.T.softmax(1)
-    return F.cross_entropy(logits, by_row) + F.cross_entropy(logits.T, by_column)
+        taught = (at_least_float32(teacher.detach()) / temperature).masked_fill(left_out, float("-inf"))
+        row_target = (1 - distill) * row_target + distill * taught.softmax(1)
+        column_target = (1 - distill) * column_target + distill * taught.T.softmax(1)
+    return F.cross_entropy(logits, row_target) + F.cross_entropy(logits.T, column_target)
 
 
 # ------------------------------------------------------------------------------------------------- USER: UTO
@@ -141,7 +146,7 @@ def soft_hinge(similarity: Tensor, positives: Tensor | None, mu: float, gamma: f
 
     This is a smooth maximum of how far the negatives rise above gamma, [B, K] -> [B]. logsumexp never overflows.
     """
-    rise = mu * (single(similarity) - gamma)
+    rise = mu * (at_least_float32(similarity) - gamma)
     if positives is not None:
         rise = rise.masked_fill(positives, float("-inf"))
     return F.pad(rise, (1, 0)).logsumexp(1) / mu  # the zero in front is the 1 in log(1 + ...)
@@ -153,14 +158,12 @@ def reward(truth: Tensor, floor: bool = True) -> Tensor:
     This form gives a pair below zero no gradient. If all pairs start there, which depends on the seed, nothing ever
     moves. Without the floor the reward goes on below zero as s, with the slope that it has at zero.
     """
-    above = single(truth).clamp(min=0).log1p()
-    return above if floor else above + single(truth).clamp(max=0)
+    above = at_least_float32(truth).clamp(min=0).log1p()
+    return above if floor else above + at_least_float32(truth).clamp(max=0)
 
 
-def uto_batch(
-    similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None,
-    reward_floor: bool = True,
-) -> Tensor:
+def uto_batch(similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None,
+              reward_floor: bool = True) -> Tensor:
     """The unified training objective on a batch, a mean over its pairs (USER, UTO).
 
     similarity: [B, B], images by captions, true pairs on the diagonal. positives: [B, B] bool, all true pairs; None
@@ -172,10 +175,8 @@ def uto_batch(
     return (rows + columns - reward(similarity.diagonal(), reward_floor)).mean()
 
 
-def uto_queue(
-    queries: Tensor, keys: Tensor, queue: Tensor, mu: float = 90.0, gamma: float = 0.5,
-    positives: Tensor | None = None, reward_floor: bool = True,
-) -> Tensor:
+def uto_queue(queries: Tensor, keys: Tensor, queue: Tensor, mu: float = 90.0, gamma: float = 0.5,
+              positives: Tensor | None = None, reward_floor: bool = True) -> Tensor:
     """The unified training objective on a queue, one direction, a mean over the queries (USER, UTO and momentum).
 
     queries: [B, D], embeddings of one modality. keys: [B, D], their true partners by the momentum encoder. queue:
@@ -197,10 +198,8 @@ class Keys(NamedTuple):
     text_positives: Tensor   # [B, K] bool, the keys of text_queue that are not negatives of an image
 
 
-def uto(
-    image_global: Tensor, text_global: Tensor, keys: Keys | None = None, positives: Tensor | None = None,
-    mu: float = 90.0, gamma: float = 0.5, batch_weight: float = 20.0, reward_floor: bool = True,
-) -> Tensor:
+def uto(image_global: Tensor, text_global: Tensor, keys: Keys | None = None, positives: Tensor | None = None,
+        mu: float = 90.0, gamma: float = 0.5, batch_weight: float = 20.0, reward_floor: bool = True) -> Tensor:
     """USER's objective: batch_weight * UTO on the batch + UTO on both queues (USER, UTO and momentum).
 
     image_global, text_global: [B, D] unit length. An image queries the text queue, a caption the image queue; without
@@ -216,64 +215,62 @@ def uto(
 # ------------------------------------------------------------------------------------------ one loss per model
 
 
-def contrast(
-    images, texts, image_row: Tensor, reduction: str = "mean", infonce_weight: float = 0.0, temperature: float = 0.05,
-    distill: float = 0.0, teacher: tuple | None = None,
-) -> Tensor:
-    """InfoNCE on each level that a model has, summed: globals, plain tokens (the unified model), fine tokens.
+def levels(images, texts, image_row: Tensor, reduction: str) -> list[Tensor]:
+    """A similarity matrix [B, B] for each level of a model: globals, plain tokens (unified model), fine tokens."""
+    found = [images.globals[image_row] @ texts.globals.T]
+    for regions, words in ((images.plain, texts.plain), (images.tokens, texts.tokens)):
+        if regions is not None:
+            found.append(local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row])
+    return found
 
-    teacher: the same images and texts, encoded by the momentum copy; for `distill` see `info_nce`. Returns a scalar.
+
+def contrast(images, texts, image_row: Tensor, reduction: str = "mean", infonce_weight: float = 0.0,
+             temperature: float = 0.05, distill: float = 0.0, teacher: tuple | None = None) -> Tensor:
+    """InfoNCE on each of `levels`, summed. Returns a scalar, a mean over the B pairs.
+
+    images, texts: what the model encoded (`tgdt.Encoded`). image_row: [B] long, the row of `images` that each caption
+    belongs to; the captions of one image are all true pairs of it. teacher: the same images and texts, encoded by the
+    momentum copy; for `distill` see `info_nce`.
     """
     if infonce_weight == 0:
         return images.globals.new_zeros(())
-
-    def levels(images, texts) -> list[Tensor]:
-        found = [images.globals[image_row] @ texts.globals.T]                       # each level is [B, B]
-        for regions, words in ((images.plain, texts.plain), (images.tokens, texts.tokens)):
-            if regions is not None:
-                found.append(local_similarity(regions, images.mask, words, texts.mask, reduction)[image_row])
-        return found
-
-    ours, positives = levels(images, texts), image_row[:, None] == image_row
-    taught = levels(*teacher) if teacher else [None] * len(ours)
+    positives = image_row[:, None] == image_row                                                   # [B, B]
+    ours = levels(images, texts, image_row, reduction)
+    taught = levels(*teacher, image_row, reduction) if teacher else [None] * len(ours)
     return infonce_weight * sum(info_nce(similarity, temperature, positives, by_teacher, distill)
                                 for similarity, by_teacher in zip(ours, taught, strict=True))
 
 
-def tgdt_loss(
-    images, texts, image_row: Tensor, margin: float = 0.2, intra_margin: float = 0.3, local_weight: float = 10.0,
-    reduction: str = "sum", negatives: str = "hardest", **infonce,
-) -> Tensor:
+def tgdt_loss(images, texts, image_row: Tensor, margin: float = 0.2, intra_margin: float = 0.3,
+              local_weight: float = 10.0, reduction: str = "sum", negatives: str = "hardest", **infonce) -> Tensor:
     """CMC of a batch of I images and B captions, as `--model tgdt` is trained (TGDT, CMC).
 
-    images, texts: what the model encoded (`tgdt.Encoded`). image_row: [B] long, the row of `images` that each caption
-    belongs to; the captions of one image are all true pairs of it. infonce: adds `contrast`, as a control of the
-    unified model. Returns a scalar, a sum over the B pairs.
+    images, texts, image_row: as in `contrast`. infonce: its arguments; the paper has no InfoNCE, and its weight is 0
+    unless the model is a control of the unified one. Returns a scalar, a sum over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
     local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)[image_row]   # [B, B]
     globals_ = images.globals[image_row], texts.globals
     loss = cmc(*globals_, local, positives, margin, intra_margin, local_weight, negatives)
+    # CMC is a sum over the pairs and `contrast` a mean, so it counts B times.
     return loss + len(image_row) * contrast(images, texts, image_row, reduction, **infonce)
 
 
-def user_loss(
-    images, texts, image_row: Tensor, keys: Keys | None = None, mu: float = 90.0, gamma: float = 0.5,
-    batch_weight: float = 20.0, reward_floor: bool = True, **infonce,
-) -> Tensor:
+def user_loss(images, texts, image_row: Tensor, keys: Keys | None = None, mu: float = 90.0, gamma: float = 0.5,
+              batch_weight: float = 20.0, reward_floor: bool = True, **infonce) -> Tensor:
     """UTO of a batch of I images and B captions, as `--model user` is trained (USER, UTO and momentum contrast).
 
-    images, texts, image_row: as in `tgdt_loss`. infonce: adds `contrast`. Returns a scalar, a mean over the B pairs.
+    images, texts, image_row, infonce: as in `tgdt_loss`. Returns a scalar, a mean over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
     loss = uto(images.globals[image_row], texts.globals, keys, positives, mu, gamma, batch_weight, reward_floor)
     return loss + contrast(images, texts, image_row, **infonce)
 
 
-def unified_loss(images, texts, image_row: Tensor, keys: Keys | None, uto: dict, infonce_weight: float = 1.0,
-                 **infonce) -> Tensor:
+def unified_loss(images, texts, image_row: Tensor, keys: Keys | None, uto_settings: dict,
+                 infonce_weight: float = 1.0, **infonce) -> Tensor:
     """USER's loss, and InfoNCE on the globals, the plain tokens and the fine tokens. Neither paper has this model.
 
-    uto: USER's arguments. infonce_weight, infonce: those of `contrast`. Returns a scalar, a mean over the B pairs.
+    uto_settings: for `uto`. infonce_weight, infonce: for `contrast`. Returns a scalar, a mean over the B pairs.
     """
-    return user_loss(images, texts, image_row, keys, **uto, infonce_weight=infonce_weight, **infonce)
+    return user_loss(images, texts, image_row, keys, **uto_settings, infonce_weight=infonce_weight, **infonce)

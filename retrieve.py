@@ -47,7 +47,7 @@ class Embeddings:
         if self.tokens is not None and self.mask is None and self.offsets is None:
             raise ValueError("tokens need a mask if they are padded, or offsets if they are packed: got neither")
         if self.tokens is not None and self.mask is not None:
-            self.tokens, self.offsets, self.mask = self.tokens[self.mask.bool()], ends(self.mask.sum(1)), None
+            self.tokens, self.offsets, self.mask = self.tokens[self.mask.bool()], offsets_of(self.mask.sum(1)), None
 
     def __len__(self) -> int:
         return len(self.globals)
@@ -56,7 +56,7 @@ class Embeddings:
         if self.tokens is None:
             return Embeddings(self.kind, self.globals[items])
         which = torch.arange(len(self), device=self.offsets.device)[items]
-        return Embeddings(self.kind, self.globals[items], self.tokens_of(which), None, ends(self.lengths(which)))
+        return Embeddings(self.kind, self.globals[items], self.tokens_of(which), None, offsets_of(self.lengths(which)))
 
     def lengths(self, items: Tensor) -> Tensor:
         """How many tokens each of `items` [n] has, [n] long."""
@@ -65,7 +65,7 @@ class Embeddings:
     def rows(self, items: Tensor) -> Tensor:
         """Where in `tokens` the tokens of `items` [n] lie, one item after the other: [all their tokens] long."""
         lengths = self.lengths(items)
-        shift = self.offsets[items] - ends(lengths)[:-1]  # from a place in the result to the row in `tokens`
+        shift = self.offsets[items] - offsets_of(lengths)[:-1]  # from a place in the result to the row in `tokens`
         return torch.arange(int(lengths.sum()), device=shift.device) + shift.repeat_interleave(lengths)
 
     def tokens_of(self, items: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class Embeddings:
         return whole
 
 
-def ends(lengths: Tensor) -> Tensor:
-    return F.pad(lengths.cumsum(0), (1, 0))  # [n] -> [n + 1], 0 and the cumulative sums
+def offsets_of(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0), (1, 0))  # [n] -> [n + 1]: 0, then the running sums
 
 
 @torch.inference_mode()
@@ -106,13 +106,13 @@ def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind
             batch = {name: value.to(device) for name, value in batch.items()}
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
                 encoded = encode_batch(batch)
-            parts.append(Embeddings(kind, *encoded[:3]))
+            parts.append(Embeddings(kind, *encoded[:3]))  # without `plain`, which only the loss needs
             order.append(batch["image_index" if kind == "image" else "caption_index"])
             bar.update(len(order[-1]))
     whole = Embeddings(kind, torch.cat([part.globals for part in parts]))
     if parts[0].tokens is not None:
         whole.tokens = torch.cat([part.tokens for part in parts])
-        whole.offsets = ends(torch.cat([part.offsets.diff() for part in parts]))
+        whole.offsets = offsets_of(torch.cat([part.offsets.diff() for part in parts]))
     return whole[torch.cat(order).argsort()]  # captions come sorted by length, and go back to their own order
 
 
@@ -125,7 +125,7 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
     """Two-stage retrieval (TGDT, two-stage inference) -> indices [Q, K] into the corpus and scores [Q, K] float32.
 
     The best comes first. K is `shortlist`, or the size of the corpus if that is smaller. Without tokens, or with
-    weight 0, the order of stage 1 stands. reduction: as in `losses.local_similarity`. local_of: another function for
+    weight 0, the order of stage 1 stands. reduction: as in `losses.local_similarity`. local_of: used instead of
     `local_of_pairs`. Raises ValueError if corpus or shortlist is empty, or if both sides are of one kind.
     """
     if len(corpus) == 0 or shortlist < 1:
@@ -134,11 +134,10 @@ def search(queries: Embeddings, corpus: Embeddings, shortlist: int = 100, weight
         raise ValueError(f"kinds {queries.kind!r} and {corpus.kind!r}: one side should be 'image', the other 'text'")
     scores, indices = nearest(queries.globals, corpus.globals, min(shortlist, len(corpus)))         # [Q, K], [Q, K]
     if weight and len(queries) and queries.tokens is not None and corpus.tokens is not None:
-        query = torch.arange(len(queries), device=indices.device)[:, None].expand_as(indices)
-        sides, pairs = (queries, corpus), (query.flatten(), indices.flatten())
-        if queries.kind == "text":
-            sides, pairs = sides[::-1], pairs[::-1]  # images come first
-        local = (local_of or local_of_pairs)(*sides, *pairs, reduction)
+        query = torch.arange(len(queries), device=indices.device)[:, None].expand_as(indices).flatten()  # [Q * K]
+        found = indices.flatten()                                                                   # [Q * K]
+        pairs = (queries, corpus, query, found) if queries.kind == "image" else (corpus, queries, found, query)
+        local = (local_of or local_of_pairs)(*pairs, reduction)                                     # [Q * K]
         scores, order = (scores + weight * local.view_as(scores)).sort(dim=1, descending=True, stable=True)
         indices = indices.gather(1, order)
     return indices, scores.float()
@@ -177,9 +176,10 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
         for rows in texts.rows(captions).split(PIECE):
             words = texts.tokens.index_select(0, rows).to(order.device)                             # [n, D]
             best.append((regions @ words.T).amax(0).float())                                        # [n]
-    lengths = texts.lengths(caption).to(order.device)
-    local = losses.over_words(torch.segment_reduce(torch.cat(best), "sum", lengths=lengths), lengths, reduction)
-    return torch.empty_like(local).index_copy(0, order, local)
+    lengths = texts.lengths(caption).to(order.device)                                               # [P]
+    total = torch.segment_reduce(torch.cat(best), "sum", lengths=lengths)  # [P], over the words of each pair's caption
+    local = losses.over_words(total, lengths, reduction)
+    return torch.empty_like(local).index_copy(0, order, local)             # back into the order of the pairs
 
 
 @torch.inference_mode()
@@ -206,7 +206,7 @@ def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
     if right.shape != scores.shape:
         raise ValueError(f"scores {tuple(scores.shape)} do not fit {tuple(right.shape)} queries and answers")
     truth = scores.masked_fill(~right | scores.isnan(), float("-inf")).amax(1, keepdim=True)
-    return (~(scores < truth) & ~right).sum(1) + 1
+    return (~(scores < truth) & ~right).sum(1) + 1  # not `scores >= truth`, which is False for a NaN
 
 
 def shortlist_ranks(indices: Tensor, scores: Tensor, query_image: Tensor, corpus_image: Tensor,
@@ -242,7 +242,7 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     """The metrics of global only, exhaustive local, two-stage, and the mixed similarity without a shortlist.
 
     image_of [captions] long. shortlist: captions for an image, images for a caption. exhaustive=False leaves out what
-    needs every local similarity. find: another function for `search`. Without tokens there is "global" alone.
+    needs every local similarity. find: used instead of `search`. Without tokens there is "global" alone.
     """
     device = images.globals.device
     image_of, rows = torch.as_tensor(image_of, device=device), torch.arange(len(images), device=device)
@@ -257,7 +257,7 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     t2i = shortlist_ranks(*find(texts, images, shortlist[1], weight, reduction), image_of, rows, t2i)
     out["two_stage"], seconds["two_stage"] = metrics(i2t, t2i), now(device) - start
     if exhaustive:
-        start = now(device)
+        start = now(device)  # of both: "mixed" needs "local", so its seconds count it too
         local = local_matrix(images, texts, reduction)
         out["local"], seconds["local"] = recall(local, image_of), now(device) - start
         out["mixed"], seconds["mixed"] = recall(dots + weight * local, image_of), now(device) - start

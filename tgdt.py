@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
     globals: Tensor        # [B, D] unit length, the coarse embedding
     tokens: Tensor | None  # [B, T, D] unit length, the fine embeddings
     mask: Tensor | None    # [B, T] bool, True for real tokens
-    plain: Tensor | None = None  # [B, T, D] unit length, the tokens below the fine level of the unified model
+    plain: Tensor | None = None  # [B, T, D] unit length, in the unified model: tokens before the fine level
 
 
 def transformer(width: int, layers: int, heads: int, feedforward: int, dropout: float) -> nn.TransformerEncoder:
@@ -50,9 +50,9 @@ def box_geometry(boxes: Tensor) -> Tensor:
 class RegionEncoder(nn.Module):
     """Regions to contextual slots; slot 0 is the image token (TGDT, region encoder).
 
-    feature_dim is F, width the width of the transformer (F in the paper). The image token starts from the mean of the
-    image's real regions and a box around the whole image. The released code starts it from zeros, and so does
-    `zero_image_token`, which released weights need.
+    A slot is a place in a transformer's sequence. feature_dim is F, width that of the transformer (F in the paper). The
+    image token starts from the mean of the image's real regions and a box around the whole image. The released code
+    starts it from zeros, and so does `zero_image_token`, which released weights need.
     """
 
     def __init__(
@@ -69,14 +69,26 @@ class RegionEncoder(nn.Module):
         if self.zero_image_token:
             token, token_box = torch.zeros_like(regions[:, :1]), torch.zeros_like(boxes[:, :1])
         else:
-            real = mask[:, :, None]
+            real = mask[:, :, None]                                                               # [B, R, 1]
             token = (regions * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)             # [B, 1, F]
-            token_box = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4)
+            token_box = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4)           # [B, 1, 4]
         features = torch.cat([token, regions], 1)                                                 # [B, 1 + R, F]
-        geometry = box_geometry(torch.cat([token_box, boxes], 1))                                 # [B, 1 + R, 5]
-        mask = F.pad(mask, (1, 0), value=True)
-        slots = self.geometry(torch.cat([features, geometry], 2))                                 # [B, 1 + R, width]
-        return self.encoder(slots, src_key_padding_mask=~mask), mask
+        places = box_geometry(torch.cat([token_box, boxes], 1))                                   # [B, 1 + R, 5]
+        mask = F.pad(mask, (1, 0), value=True)  # [B, 1 + R], the image token is always real
+        slots = self.geometry(torch.cat([features, places], 2))                                   # [B, 1 + R, width]
+        return self.encoder(slots, src_key_padding_mask=~mask), mask  # PyTorch's padding mask is True for padding
+
+
+def first_layers(bert: nn.Module, layers: int) -> nn.Module:
+    """Cut BERT to its first `layers` layers (TGDT, word encoder: six).
+
+    BERT then returns what the full model has after that layer. Raises ValueError if it has fewer layers.
+    """
+    if not 1 <= layers <= len(bert.encoder.layer):
+        raise ValueError(f"the text encoder has {len(bert.encoder.layer)} layers, {layers} were asked for")
+    bert.encoder.layer = bert.encoder.layer[:layers]
+    bert.config.num_hidden_layers = layers
+    return bert
 
 
 class TokenGuidedEncoder(nn.Module):
@@ -129,9 +141,9 @@ class TGDT(nn.Module):
             feature_dim, width, region_layers, heads, feedforward, dropout, zero_image_token
         )
         self.bert = bert
-        shape = (local_layers, global_layers, heads, feedforward, dropout)
-        self.image_branch = TokenGuidedEncoder(width, dim, *shape)
-        self.text_branch = TokenGuidedEncoder(bert.config.hidden_size, dim, *shape)
+        sizes = (local_layers, global_layers, heads, feedforward, dropout)  # alike in both branches
+        self.image_branch = TokenGuidedEncoder(width, dim, *sizes)
+        self.text_branch = TokenGuidedEncoder(bert.config.hidden_size, dim, *sizes)
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [I, D]; tokens [I, R, D], one per region, without the image token; mask [I, R]."""
@@ -142,19 +154,7 @@ class TGDT(nn.Module):
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens [B, W - 2, D], one per word piece, without [CLS] and [SEP]; mask [B, W - 2]."""
         mask = batch["word_mask"]
-        slots = self.bert(input_ids=batch["word_ids"], attention_mask=mask.long()).last_hidden_state
+        slots = self.bert(input_ids=batch["word_ids"], attention_mask=mask.long()).last_hidden_state  # [B, W, H]
         globals_, tokens = self.text_branch(slots, mask)
         # Slot 0 is [CLS] and the last real slot is [SEP], so a slot is a word if its right neighbour is real.
         return Encoded(globals_, tokens[:, 1:-1], mask[:, 2:])
-
-
-def first_layers(bert: nn.Module, layers: int) -> nn.Module:
-    """Cut BERT to its first `layers` layers (TGDT, word encoder: six).
-
-    The output is then the full model's hidden state of that number. Raises ValueError if BERT does not have so many.
-    """
-    if not 1 <= layers <= len(bert.encoder.layer):
-        raise ValueError(f"the text encoder has {len(bert.encoder.layer)} layers, {layers} were asked for")
-    bert.encoder.layer = bert.encoder.layer[:layers]
-    bert.config.num_hidden_layers = layers
-    return bert

@@ -42,7 +42,7 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
     """
     lengths = batch["word_mask"].sum(1)
     order = lengths.argsort()
-    groups = order.tensor_split(max(1, min(4, len(order) // 40)))
+    groups = order.tensor_split(max(1, min(4, len(order) // 40)))  # 40 captions or more in each
     if len(groups) == 1:
         return encode_texts(batch)
     widths = [int(lengths[rows].max()) for rows in groups]
@@ -50,13 +50,15 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
     parts = [encode_texts({name: batch[name][rows, :width] for name in ("word_ids", "word_mask")})
              for rows, width in zip(groups, widths, strict=True)]
     back = order.argsort()
-    return Encoded(*(None if part[0] is None else pad_and_join(part)[back] for part in zip(*parts, strict=True)))
+    fields = zip(*parts, strict=True)  # the globals of all groups, then their tokens, their masks, their plain tokens
+    return Encoded(*(None if field[0] is None else pad_and_join(field)[back] for field in fields))
 
 
 def pad_and_join(parts: tuple[Tensor, ...]) -> Tensor:
     """Parts [b, w, ...], each with its own b and w -> [sum of the b, greatest w, ...], padded with zeros.
 
-    (`pad_sequence` does this too, but its backward pass copies the whole result once per row.)
+    Globals, [b, D], all have the same w and get no padding. (`pad_sequence` pads too, but its backward pass copies the
+    whole result once per row.)
     """
     width = max(part.shape[1] for part in parts)
     return torch.cat([torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], 1)
@@ -67,13 +69,14 @@ def encode(model: nn.Module, batch: Mapping[str, Tensor], precision: str, share:
            coarse: bool = False) -> tuple[Encoded, Encoded]:
     """The I images and B captions of a batch. The network may run in mixed precision; what it gives is float32.
 
-    share: calls the encoder with the batch. Another one lets several GPUs encode a part each, see harness/ranks.py.
-    coarse: encode the coarse vectors only, by USER's encoders. The queues need no more.
+    share: `share(encoder, batch)` runs an encoder; `call` just calls it. With several GPUs each encodes a part, see
+    harness/ranks.py. coarse: encode the coarse vectors only, which is all that the queues need.
     """
-    kind = USER if coarse else type(model)
-    encode_texts = partial(by_length, partial(kind.encode_texts, model))
+    branches = USER if coarse else type(model)  # USER's own methods leave out the fine level of a unified model
+    encode_images = partial(branches.encode_images, model)
+    encode_texts = partial(by_length, partial(branches.encode_texts, model))
     with torch.autocast(batch["regions"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return share(partial(kind.encode_images, model), batch), share(encode_texts, batch)
+        return share(encode_images, batch), share(encode_texts, batch)
 
 
 def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], images: Encoded, texts: Encoded
@@ -87,8 +90,9 @@ def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], image
     image_queue, text_queue = momentum.image_queue, momentum.text_queue
     keys = losses.Keys(images.globals[row], texts.globals, image_queue.keys, text_queue.keys,
                        image_queue.positives(image_index), text_queue.positives(image_index))
-    index_of_row = image_index.new_zeros(len(images.globals)).index_put((row,), image_index)         # [I]
-    momentum.enqueue(images.globals, texts.globals, index_of_row, image_index)
+    # Who each image is, [I]. (Captions of one image all write the same number.)
+    image_owner = image_index.new_zeros(len(images.globals)).index_put((row,), image_index)
+    momentum.enqueue(images.globals, texts.globals, image_owner, image_index)  # `keys` still holds the old queues
     return keys
 
 
@@ -98,8 +102,9 @@ def forward(model: nn.Module, momentum: MomentumContrast | None, batch: Mapping[
 
     keys: of the queues, None without queues. teacher: images and texts by the momentum copy, None without --distill.
     """
-    queue, distill = settings.run.model != "tgdt" and settings.momentum.queue > 0, settings.infonce.distill > 0
-    if momentum is not None:
+    queue = settings.run.model != "tgdt" and settings.momentum.queue > 0
+    distill = settings.infonce.distill > 0
+    if momentum is not None:  # with neither of the two, it is there to be evaluated (--keep momentum)
         momentum.update(model)
     images, texts = encode(model, batch, precision, share)
     if not queue and not distill:
@@ -128,23 +133,23 @@ def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mappi
 
 
 def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:
-    """AdamW. The pre-trained words take smaller steps than what starts from scratch: lr x text_lr.
+    """AdamW. BERT is pre-trained, and takes smaller steps than what starts from scratch: lr x text_lr.
 
-    training: the group of settings of that name. With text_lr 0 the words are frozen, but keep their dropout. (AdamW
-    without weight decay is Adam, which TGDT's authors used.)
+    training: the group of settings of that name. With text_lr 0 BERT is frozen, but keeps its dropout. (AdamW without
+    weight decay is Adam, which TGDT's authors used.) "peak" is a group's rate after the warm-up.
     """
-    words = list(model.bert.parameters())
-    for weight in words:
+    bert = list(model.bert.parameters())
+    for weight in bert:
         weight.requires_grad_(training.text_lr > 0)
-    known = {id(weight) for weight in words}
-    others = [weight for weight in model.parameters() if id(weight) not in known]
+    in_bert = {id(weight) for weight in bert}
+    others = [weight for weight in model.parameters() if id(weight) not in in_bert]
     groups = [{"params": others, "peak": training.lr},
-              {"params": [weight for weight in words if weight.requires_grad], "peak": training.lr * training.text_lr}]
+              {"params": [weight for weight in bert if weight.requires_grad], "peak": training.lr * training.text_lr}]
     return torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay, fused=True)
 
 
 def learning_rate(step: int, steps_per_epoch: int, training) -> float:
-    """The learning rate at a step, as a part of its peak.
+    """The learning rate at a step, as a share of its peak: a factor from 0 to 1.
 
     A linear warm-up, then as `training.schedule` says: "step" is x 0.1 after every `drop_every` epochs, "linear" falls
     to 0, "constant" stays.
@@ -170,7 +175,8 @@ def train(run, loss_of=batch_loss) -> bool:
     checkpoints, Ctrl-C and the progress bar. loss_of: the loss of a batch, for experiments with another one.
     """
     settings, model = run.settings, run.model
-    optimizer, loss_of = make_optimizer(model, settings.training), run.shared(loss_of)
+    optimizer = make_optimizer(model, settings.training)
+    loss_of = run.shared(loss_of)  # several GPUs each encode a share of the batch
     run.restore(optimizer)  # with --resume, the state of the last checkpoint
     while run.epoch < settings.training.epochs:
         model.train()

@@ -6,11 +6,12 @@
                                                   -> fine level = fine word tokens
 
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from tokens that learn to be aligned as well.
-The fine level makes fine tokens of them, which re-rank; it also sees the boxes. InfoNCE trains three levels: the coarse
-vectors, the plain tokens, and the fine tokens. On photographs half of its answers come from the momentum copy, which
-soon is the better model (momentum distillation). A fine level of its own makes re-ranking worthwhile. Its gradient
-stops at the tokens below, because the coarse vectors would pay for it. docs/unified.md has the measurements behind
-these choices, and docs/results.md has the model beside both papers'.
+These are the plain tokens. The fine level, a small transformer that also sees the boxes of the regions, turns them into
+the fine tokens, which re-rank. Its gradient stops at the plain tokens: let through, it makes the coarse vectors worse.
+
+The loss is USER's, plus InfoNCE on the coarse vectors, on the plain tokens and on the fine tokens. On photographs half
+of what InfoNCE takes as right comes from the momentum copy, which soon is better than the model itself (momentum
+distillation). docs/unified.md has the measurements behind these choices, docs/results.md compares with both papers.
 """
 from __future__ import annotations
 
@@ -23,9 +24,10 @@ from user import USER
 
 
 def fine_level(dim: int, layers: int, heads: int, feedforward: int, dropout: float) -> nn.TransformerEncoder:
-    """A pre-norm transformer encoder over tokens, [B, T, D] -> [B, T, D].
+    """A pre-norm transformer encoder with ReLU over tokens, [B, T, D] -> [B, T, D].
 
-    The last weights of each layer start at zero, so that at first it returns the tokens as they are.
+    Attention and feed-forward both end in a linear layer, and add what it gives to their input. These start at zero,
+    so an untrained fine level returns the tokens as they are.
     """
     layer = nn.TransformerEncoderLayer(dim, heads, feedforward, dropout, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -40,7 +42,7 @@ class Unified(USER):
     """USER with a fine level (`layers`, `heads`, `feedforward` and `dropout` are the fine level's).
 
     The fine level of the images also sees where the regions lie, which the coarse vectors do not. fine_gradient: the
-    share of the fine level's gradient that reaches the tokens below, 0 to 1. With 0 it cannot harm the coarse vectors.
+    share of the fine level's gradient that reaches the plain tokens, 0 to 1. With 0 it cannot harm the coarse vectors.
     """
 
     def __init__(
@@ -49,25 +51,28 @@ class Unified(USER):
     ):
         super().__init__(bert, feature_dim, dim, guide)
         self.fine_gradient = fine_gradient
-        self.geometry = nn.Linear(5, dim)
+        self.geometry = nn.Linear(5, dim)  # zero at first, like the ends of the fine level: the boxes change nothing
         nn.init.zeros_(self.geometry.weight)
         nn.init.zeros_(self.geometry.bias)
         self.fine_regions = fine_level(dim, layers, heads, feedforward, dropout)
         self.fine_words = fine_level(dim, layers, heads, feedforward, dropout)
 
-    def below(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]: the tokens as the fine level reads them, with a share of the gradient."""
-        return self.fine_gradient * tokens + (1 - self.fine_gradient) * tokens.detach()
+    def scale_gradient(self, plain: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]: the same values, but only the share `fine_gradient` of the gradient flows back."""
+        return self.fine_gradient * plain + (1 - self.fine_gradient) * plain.detach()
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [I, D]; tokens and plain tokens [I, R, D], one per region; mask [I, R]."""
-        tokens, mask = self.region_tokens(batch)                                                # [I, R, D]
-        placed = self.below(tokens) + self.geometry(box_geometry(batch["boxes"]))               # [I, R, D]
+        plain, mask = self.region_tokens(batch)                                                 # [I, R, D], [I, R]
+        placed = self.scale_gradient(plain) + self.geometry(box_geometry(batch["boxes"]))       # [I, R, D]
         fine = self.fine_regions(placed, src_key_padding_mask=~mask)                            # [I, R, D]
-        return Encoded(unit(self.image_pool(tokens, mask)), unit(fine), mask, unit(tokens))
+        coarse = self.image_pool(plain, mask)                                                   # [I, D]
+        return Encoded(globals=unit(coarse), tokens=unit(fine), mask=mask, plain=unit(plain))
 
     def encode_texts(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [B, D]; tokens and plain tokens [B, W - 2, D], one per word piece, without [CLS] and [SEP]; mask."""
-        tokens, mask = self.word_tokens(batch)                                                  # [B, W, D]
-        fine = self.fine_words(self.below(tokens), src_key_padding_mask=~mask)                  # [B, W, D]
-        return Encoded(unit(self.text_pool(tokens, mask)), unit(fine[:, 1:-1]), mask[:, 2:], unit(tokens[:, 1:-1]))
+        plain, mask = self.word_tokens(batch)                                                   # [B, W, D], [B, W]
+        fine = self.fine_words(self.scale_gradient(plain), src_key_padding_mask=~mask)          # [B, W, D]
+        coarse = self.text_pool(plain, mask)                                                    # [B, D]
+        plain, fine, mask = plain[:, 1:-1], fine[:, 1:-1], mask[:, 2:]  # drop [CLS], [SEP], as in TGDT.encode_texts
+        return Encoded(globals=unit(coarse), tokens=unit(fine), mask=mask, plain=unit(plain))

@@ -29,21 +29,23 @@ def of_real_tokens(layer: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tens
 
     tokens [B, T, D], mask [B, T] bool; the layer maps [n, D] to [n, E]. Returns [B, T, E], zeros at the padding.
     """
-    real = layer(tokens[mask])
-    return real.new_zeros(*mask.shape, real.shape[1]).index_put((mask,), real)
+    real = layer(tokens[mask])                              # [n, E], n the number of real tokens
+    out = real.new_zeros(*mask.shape, real.shape[1])        # [B, T, E]
+    out[mask] = real
+    return out
 
 
 # ----------------------------------------------------------------------------------------- semantic enhancement
 
 
 def enhance(regions: Tensor, mask: Tensor, guide: Tensor, sharpness: float = 1.0) -> Tensor:
-    """Add the guide to each region; one that agrees more with it gets more of it (USER, semantic enhancement).
+    """Add the guide to each region: the better a region agrees, the more is added (USER, semantic enhancement).
 
     a = l2norm(softmax over the real regions of sharpness * guide . region),  region' = region + a * guide.
     regions [B, R, F], mask [B, R] bool, guide [B, F] of unit length; sharpness is the paper's lambda.
     Returns [B, R, F].
     """
-    guide = guide.to(regions.dtype)  # a unit vector is always in float32 or better
+    guide = guide.to(regions.dtype)  # `unit` made it float32, but the regions may be in half precision
     agreement = sharpness * (regions @ guide[:, :, None]).squeeze(2)                                # [B, R]
     attention = F.normalize(agreement.masked_fill(~mask, float("-inf")).softmax(1), dim=1)          # [B, R]
     return regions + attention[:, :, None] * guide[:, None, :]
@@ -60,9 +62,10 @@ class SelfGuidedEnhancement(nn.Module):
     def __init__(self, feature_dim: int, dropout: float = 0.4, sharpness: float = 1.0, fixed_regions: int = 0):
         super().__init__()
         self.sharpness, self.fixed_regions = sharpness, fixed_regions
-        self.local = nn.Linear(feature_dim, feature_dim)
+        self.local = nn.Linear(feature_dim, feature_dim)    # the paper's L, of each region
+        # With fixed regions BatchNorm reads [B, 36, F], so its channels are the 36 slots, not the F features.
         self.local_norm = nn.BatchNorm1d(fixed_regions or feature_dim)
-        self.picture = nn.Linear(feature_dim, feature_dim)
+        self.picture = nn.Linear(feature_dim, feature_dim)  # the paper's G, of the whole image
         self.picture_norm = nn.BatchNorm1d(feature_dim)
         self.score = nn.Linear(feature_dim, 1)
         self.dropout = nn.Dropout(dropout)
@@ -84,10 +87,10 @@ class SelfGuidedEnhancement(nn.Module):
             local = self.local_norm(self.local(regions))
         else:
             local = of_real_tokens(lambda real: self.local_norm(self.local(real)), regions, mask)
-        local = self.dropout(local.tanh())                                                          # [B, R, F]
-        picture = self.dropout(self.picture_norm(self.picture(mean)).tanh())                        # [B, F]
+        local = self.dropout(local.tanh())                                                          # L, [B, R, F]
+        picture = self.dropout(self.picture_norm(self.picture(mean)).tanh())                        # G, [B, F]
         scores = self.score(local * picture[:, None, :]).squeeze(2)                                 # [B, R]
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(1)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(1)                               # [B, R]
         return unit((weights[:, :, None] * regions).sum(1))
 
     def forward(self, regions: Tensor, mask: Tensor, clip: Tensor | None = None) -> Tensor:
@@ -130,22 +133,24 @@ class GeneralizedPooling(nn.Module):
     def pooling_weights(self, lengths: Tensor, longest: int) -> Tensor:
         """lengths [B] -> weights [B, longest] that sum to 1 over the first `lengths` places, 0 beyond."""
         place = torch.arange(longest, device=lengths.device)
+        # The sinusoids of "Attention Is All You Need": angle = place / 10000^(2k / width)
         rate = torch.exp(torch.arange(0, self.width, 2, device=lengths.device) * (-math.log(10000) / self.width))
-        angle = place[:, None] * rate
+        angle = place[:, None] * rate                                                           # [longest, width / 2]
         sinusoids = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)                       # [longest, width]
-        # A batch has few different lengths, so the GRU runs once per length, not once per row.
-        length, row = lengths.unique(return_inverse=True)
-        inputs = sinusoids.to(self.score.weight.dtype).expand(len(length), -1, -1)              # [.., longest, width]
-        inputs = pack_padded_sequence(inputs, length.cpu(), batch_first=True, enforce_sorted=False)
+        # A batch has few different lengths, n of them. The GRU reads each once, and the rows [B] pick theirs.
+        distinct, row = lengths.unique(return_inverse=True)                                     # [n], [B]
+        inputs = sinusoids.to(self.score.weight.dtype).expand(len(distinct), -1, -1)            # [n, longest, width]
+        # Packed, so that the GRU's way back starts at the last real place, not in the padding.
+        inputs = pack_padded_sequence(inputs, distinct.cpu(), batch_first=True, enforce_sorted=False)
         read, _ = pad_packed_sequence(self.gru(inputs)[0], batch_first=True, total_length=longest)
-        forwards, backwards = read.chunk(2, dim=2)                                              # [.., longest, width]
-        scores = self.score((forwards + backwards) / 2).squeeze(2) / self.temperature
-        return scores.masked_fill(place >= length[:, None], float("-inf")).softmax(1)[row]
+        forwards, backwards = read.chunk(2, dim=2)                                              # [n, longest, width]
+        scores = self.score((forwards + backwards) / 2).squeeze(2) / self.temperature           # [n, longest]
+        return scores.masked_fill(place >= distinct[:, None], float("-inf")).softmax(1)[row]    # [B, longest]
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens [B, T, D], mask [B, T] bool with at least one real token per row -> [B, D]."""
         ordered = tokens.masked_fill(~mask[:, :, None], float("-inf")).sort(1, descending=True).values
-        ordered = ordered.masked_fill(ordered == float("-inf"), 0)       # padding is last, and its weight is 0
+        ordered = ordered.masked_fill(ordered == float("-inf"), 0)       # padding has weight 0, but 0 * -inf is NaN
         with torch.autocast(tokens.device.type, enabled=False):          # in half precision the softmax loses digits
             weights = self.pooling_weights(mask.sum(1), mask.shape[1])                          # [B, T]
             return (weights[:, None, :] @ ordered.to(weights.dtype)).squeeze(1)
@@ -160,7 +165,7 @@ class USER(nn.Module):
 
     def __init__(self, bert: nn.Module, feature_dim: int = 2048, dim: int = 1024, guide: nn.Module | None = None):
         super().__init__()
-        self.guide = guide
+        self.guide = guide  # called, it returns the enhanced regions, not the guide vector
         self.project = nn.Linear(feature_dim, dim)
         self.mlp_in = nn.Linear(feature_dim, dim // 2)
         self.mlp_norm = nn.BatchNorm1d(dim // 2)
@@ -177,14 +182,14 @@ class USER(nn.Module):
         return self.project(regions) + self.mlp_out(self.mlp_norm(self.mlp_in(regions)).relu())
 
     def region_tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What is pooled of an image: tokens [B, R, D] and their mask [B, R]."""
+        """What GPO pools of an image: region tokens [I, R, D], not yet of unit length, and their mask [I, R]."""
         regions, mask = batch["regions"], batch["region_mask"]
         if self.guide is not None:
-            regions = self.guide(regions, mask, batch.get("clip"))
+            regions = self.guide(regions, mask, batch.get("clip"))                              # [I, R, F], enhanced
         return of_real_tokens(self.embed_regions, regions, mask), mask
 
     def word_tokens(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What is pooled of a caption: tokens [B, W, D], [CLS] and [SEP] included, and their mask [B, W]."""
+        """What GPO pools of a caption: word tokens [B, W, D] with [CLS] and [SEP], and their mask [B, W]."""
         mask = batch["word_mask"]
         states = self.bert(input_ids=batch["word_ids"], attention_mask=mask.long()).last_hidden_state
         return self.project_words(states), mask
@@ -202,9 +207,10 @@ class USER(nn.Module):
 
 
 class Queue(nn.Module):
-    """The newest `length` keys, each with the image that it came from (MoCo; USER, momentum contrast).
+    """The newest `length` keys, each with the image that it belongs to (MoCo; USER, momentum contrast).
 
-    keys [K, D] of unit length, owner [K] long: the image of each key, -1 where there is no key yet.
+    A key is a coarse vector made by the momentum copy. keys [K, D] of unit length; owner [K] long, the image of each
+    key, -1 where there is no key yet.
     """
 
     def __init__(self, length: int, dim: int):
@@ -215,7 +221,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def add(self, keys: Tensor, owner: Tensor) -> None:
-        """Put keys [B, D] with their images [B] in the place of the oldest. Raises ValueError if they do not fit."""
+        """Write keys [B, D] and their images [B] over the oldest ones. Raises ValueError if they do not fit."""
         length = len(self.owner)
         if len(keys) > length:
             raise ValueError(f"a batch of {len(keys)} keys does not fit into a queue of {length}")
@@ -233,10 +239,10 @@ class Queue(nn.Module):
 class MomentumContrast(nn.Module):
     """Momentum copies of both branches, and the queues of their keys (USER, momentum contrast).
 
-    The copy follows the model by  copy <- r copy + (1 - r) model . So do BatchNorm's buffers, which the released code
-    leaves as they began. The copy always encodes in eval mode, without dropout and with running statistics. With a
-    constant r, the copy keeps a share of the random start for 1 / (1 - r) steps. With `warm` r grows with the steps,
-    r = min(momentum, 1 - 1 / (steps + 1)), and the copy is at first the mean of what the model has been.
+    The copy follows the model by  copy <- r copy + (1 - r) model , its weights and BatchNorm's buffers alike (the
+    released code leaves the buffers as they began). It always encodes in eval mode, without dropout and with running
+    statistics. With a constant r it remembers its random start for about 1 / (1 - r) steps. With `warm` r grows,
+    r = min(momentum, 1 - 1 / (steps + 1)), so that the copy is at first the mean of all the model's states so far.
     """
 
     def __init__(self, model: nn.Module, dim: int, length: int = 2048, momentum: float = 0.999, warm: bool = False):
@@ -248,7 +254,7 @@ class MomentumContrast(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> MomentumContrast:
-        """Stays in eval mode whatever the mode: keys are encoded without dropout."""
+        """Ignore the mode and stay in eval mode: keys are encoded without dropout."""
         return super().train(False)
 
     def rate(self) -> float:
@@ -261,13 +267,13 @@ class MomentumContrast(nn.Module):
         keep = self.rate()
         for ours, theirs in zip(self.encoder.state_dict().values(), model.state_dict().values(), strict=True):
             if ours.is_floating_point():
-                ours.lerp_(theirs, 1 - keep)
+                ours.lerp_(theirs, 1 - keep)  # keep * ours + (1 - keep) * theirs
             else:  # BatchNorm's counter of batches
                 ours.copy_(theirs)
         self.steps += 1
 
     @torch.no_grad()
-    def enqueue(self, image_keys: Tensor, text_keys: Tensor, image_index: Tensor, caption_owner: Tensor) -> None:
-        """image_keys [I, D] and their images, image_index [I]; text_keys [B, D] and their images, caption_owner [B]."""
-        self.image_queue.add(image_keys, image_index)
-        self.text_queue.add(text_keys, caption_owner)
+    def enqueue(self, image_keys: Tensor, text_keys: Tensor, image_owner: Tensor, text_owner: Tensor) -> None:
+        """image_keys [I, D] and text_keys [B, D] enter the queues; their owners [I] and [B] are rows of the split."""
+        self.image_queue.add(image_keys, image_owner)
+        self.text_queue.add(text_keys, text_owner)

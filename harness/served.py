@@ -99,7 +99,7 @@ class Side:
         if self.manifest["tokens"]:
             tokens = [found[row].get("tokens", np.zeros((0, self.manifest["dim"]), np.float32)) for row in ids]
             whole.tokens = torch.from_numpy(np.concatenate(tokens)).to(DTYPES[self.manifest["dtype"]])
-            whole.offsets = retrieve.ends(torch.tensor([len(each) for each in tokens]))
+            whole.offsets = retrieve.offsets_of(torch.tensor([len(each) for each in tokens]))
         return whole
 
 

@@ -25,7 +25,7 @@ def random(kind: str, lengths: list[int], seed: int) -> Embeddings:
     unit = torch.nn.functional.normalize
     return Embeddings(kind, unit(torch.randn(len(lengths), 8, generator=chance), dim=1),
                       unit(torch.randn(sum(lengths), 8, generator=chance), dim=1), None,
-                      retrieve.ends(torch.tensor(lengths)))
+                      retrieve.offsets_of(torch.tensor(lengths)))
 
 
 @pytest.fixture(scope="module")

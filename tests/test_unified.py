@@ -173,7 +173,7 @@ def test_the_momentum_copy_is_the_teacher():
     for weight in momentum.encoder.parameters():
         weight.data += 0.1
     sides, row = encoded(model, batch), batch["image_row"]
-    given = {"keys": None, "uto": vars(chosen.uto), **vars(chosen.infonce)}
+    given = {"keys": None, "uto_settings": vars(chosen.uto), **vars(chosen.infonce)}
     want = losses.unified_loss(*sides, row, **given, teacher=encoded(momentum.encoder, batch))
     found = train.batch_loss(model, momentum, batch, chosen)
     assert torch.isclose(found, want, rtol=1e-5)
