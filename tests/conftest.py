@@ -52,9 +52,13 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def flags(root, bert, tmp_path) -> list[str]:
+    return flags_for(root, bert, tmp_path / "run")
+
+
+def flags_for(root: Path, bert: Path, out: Path) -> list[str]:
     return ["--dataset", "flickr8k", "--data-root", str(root), "--text-encoder", str(bert), "--text-layers", "1",
             "--dim", "8", "--region-width", "8", "--feedforward", "16", "--batch-size", "4", "--epochs", "2",
-            "--captions-per-image", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+            "--captions-per-image", "1", "--device", "cpu", "--out", str(out)]
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:

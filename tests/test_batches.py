@@ -164,7 +164,7 @@ def test_epoch_batches_drop_the_last_only_if_incomplete_and_not_alone():
     ([90] + [2] * 9, 10, 2, 88),    # after the first round one image alone has captions left
     ([5, 3], 4, 2, 2),              # the first gives no more than the second has, also in its last round
     ([7, 7, 1], 4, 2, 0)])
-def test_no_batch_has_one_image_alone(counts, batch_size, each, left_out):
+def test_no_batch_has_a_single_image(counts, batch_size, each, left_out):
     image_of = np.repeat(np.arange(len(counts)), counts)
     for epoch in range(50):
         batches = data.epoch_batches(image_of, batch_size, each, 0, epoch)

@@ -33,3 +33,10 @@ def test_a_split_from_files(tmp_path: Path):
     assert split.picture(0).size == (8, 6)
     with pytest.raises(data.BadInput, match="no.png.*picture"):
         split.picture(1)
+
+
+def test_the_splits_of_one_s_own_pictures_are_drawn_by_the_seed(tmp_path):
+    (tmp_path / "captions.csv").write_text("file,caption\n" + "".join(f"{row}.jpg,a dog\n" for row in range(40)))
+    first, again, other = ({name: split.image_names for name, split in
+                            data.load("folder", tmp_path, split_seed=seed).items()} for seed in (0, 0, 1))
+    assert first == again != other

@@ -59,6 +59,13 @@ def test_hinge_by_hand():
     assert losses.hinge(similarity, negatives="mean").item() == pytest.approx(0.5)
 
 
+def test_the_mean_is_over_the_negatives_alone():
+    similarity = torch.tensor([[0.5, 0.9, 0.6], [0.9, 0.5, 0.5], [0.4, 0.7, 0.5]])
+    same_image = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    # rows: .3 / 1, .2 / 1, (.1 + .4) / 2; columns: .1 / 1, .4 / 1, (.3 + .2) / 2
+    assert losses.hinge(similarity, positives=same_image, negatives="mean").item() == pytest.approx(1.5)
+
+
 def test_false_negatives_are_masked():
     similarity = torch.tensor([[0.5, 0.9, 0.0], [0.9, 0.5, 0.0], [0.0, 0.0, 0.5]])
     same_image = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
@@ -67,7 +74,7 @@ def test_false_negatives_are_masked():
     assert losses.hinge(similarity, positives=same_image, negatives="mean").item() == 0
 
 
-def test_hinge_wants_a_square_and_a_known_word():
+def test_a_loss_refuses_a_matrix_that_is_not_square_and_an_unknown_word():
     with pytest.raises(ValueError, match="square"):
         losses.hinge(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="hardest"):
@@ -203,7 +210,7 @@ def test_uto_uses_no_false_negative():
     assert masked.item() == pytest.approx(sum(by_hand).item() / 2, abs=1e-12)
 
 
-def test_an_empty_queue_has_no_say():
+def test_an_empty_queue_adds_nothing():
     queries, keys = random_tokens(2, 6), random_tokens(2, 6, seed=1)
     nothing = torch.ones(2, 3, dtype=torch.bool)
     loss = losses.uto_queue(queries, keys, torch.zeros(3, 6, dtype=torch.double), positives=nothing)
@@ -333,8 +340,8 @@ def test_the_loss_of_each_model_knows_which_captions_share_an_image():
     positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
     local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, "mean")[row]
     coarse = images.globals[row]
-    tgdt_loss = losses.cmc(coarse, texts.globals, local, positives, margin=0.4, local_weight=3.0, negatives="mean")
-    given = {"margin": 0.4, "local_weight": 3.0, "reduction": "mean"}
+    tgdt_loss = losses.cmc(coarse, texts.globals, local, positives, 0.4, 0.05, 3.0, "mean")
+    given = {"margin": 0.4, "intra_margin": 0.05, "local_weight": 3.0, "reduction": "mean"}
     assert losses.tgdt_loss(images, texts, row, **given, negatives="mean") == tgdt_loss
 
     key, queue, nothing = random_tokens(3, 6, seed=9), random_tokens(4, 6, seed=10), torch.zeros(3, 4, dtype=torch.bool)

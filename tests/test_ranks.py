@@ -83,7 +83,7 @@ def made_batch(regions: list[int], captions: list[int], seed: int) -> dict[str, 
 def three_steps(out: Path, model_name: str, fixed: int = 0, pieces: int = 1, many: int = 1) -> None:
     """Three steps of gradient descent in float64. Writes gradients and weights, for each rank, into the folder.
 
-    many: how many times as many captions as 7. With 100 or more, each share is encoded in groups of like length.
+    many: the batch has 7 x many captions. From 80 captions on, a share is encoded in groups of like length.
     """
     torch.set_default_dtype(torch.float64)
     with torchrun.started("cpu"):

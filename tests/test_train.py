@@ -12,6 +12,7 @@ import torch
 from conftest import save_clip
 from PIL import Image
 
+import data
 import losses
 import retrieve
 import tgdt
@@ -144,13 +145,16 @@ def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkey
 
 @pytest.mark.parametrize("model", ["tgdt", "user"])
 @pytest.mark.usefixtures("undrawn")
-def test_the_momentum_copy_may_be_what_is_kept(flags, tmp_path, model):
+def test_the_momentum_copy_may_be_what_is_kept(flags, tmp_path, model, monkeypatch):
     """It changes what is evaluated and kept, not the training; a line of history tells what the model itself scores."""
+    judged, evaluate = [], training.Run.evaluate
+    monkeypatch.setattr(training.Run, "evaluate", lambda run, of: judged.append(of is run.kept) or evaluate(run, of))
     for name in ("model", "momentum"):
         own = ["--model", model, "--queue", "8", "--keep", name, "--epochs", "1", "--out", str(tmp_path / name)]
         assert train.main([*flags, *own]) == 0
     a, b = (folder.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("model", "momentum"))
-    assert same(a["model"], b["model"])
+    assert judged == [True, True, False]  # of the second run first the copy, then the model itself
+    assert same(a["model"], b["model"]) and int(b["momentum"]["steps"]) == 4  # the copy follows in each step
     encoder = {name.removeprefix("encoder."): value for name, value in b["momentum"].items()
                if name.startswith("encoder.")}
     lines = [[json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
@@ -411,13 +415,14 @@ def test_the_loss_of_a_batch_with_queues_by_hand(model_name, bert):
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_does_what_its_settings_say(flags, tmp_path, monkeypatch):
-    """Precision, easy epochs, the clipping of gradients, both learning rates, weight decay, and which epoch is best."""
-    seen = {"negatives": [], "autocast": [], "norm": [], "groups": []}
+    """Precision, easy epochs, clipping, learning rates, weight decay, the loss on record, and which epoch is best."""
+    seen = {"negatives": [], "autocast": [], "norm": [], "groups": [], "loss": []}
     loss, encode_images, after_step = losses.tgdt_loss, tgdt.TGDT.encode_images, training.Run.after_step
 
     def watched_loss(*given, negatives, **more):
         seen["negatives"].append(negatives)
-        return loss(*given, negatives=negatives, **more)
+        seen["loss"].append(loss(*given, negatives=negatives, **more))
+        return seen["loss"][-1]
 
     def watched_encoder(model, batch):
         if model.training:
@@ -445,13 +450,45 @@ def test_a_run_does_what_its_settings_say(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(training.Run, "evaluate", measured)
     monkeypatch.setattr(report, "report", lambda *given: None)
     assert train.main([*flags, "--epochs", "3", "--easy-epochs", "2", "--precision", "bfloat16", "--max-norm", "0.01",
-                       "--keep", "model", "--lr", "1e-3", "--text-lr", "0.2", "--weight-decay", "0.03", "--warmup", "0",
-                       "--schedule", "constant"]) == 0
+                       "--keep", "model", "--lr", "1e-3", "--text-lr", "0.2", "--weight-decay", "0.03", "--warmup", "4",
+                       "--schedule", "linear"]) == 0
     assert seen["negatives"] == ["mean"] * 8 + ["hardest"] * 4
     assert seen["autocast"] == [True] * 12
     assert seen["norm"] == pytest.approx([0.01] * 12, rel=1e-3)
-    assert all(groups == [(1e-3, 0.03), (pytest.approx(2e-4), 0.03)] for groups in seen["groups"])
+    rates = [0.25, 0.5, 0.75, 1.0, *((12 - step) / 8 for step in range(4, 12))]  # 4 steps of warm-up, then down to 0
+    assert seen["groups"] == [[(pytest.approx(1e-3 * rate), 0.03), (pytest.approx(2e-4 * rate), 0.03)]
+                              for rate in rates]
     assert folder.read_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 2
+    history = folder.read_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]
+    of_a_pair = [loss.item() / 4 for loss in seen["loss"]]  # a batch has 4; it is looked at after the last of 4 steps
+    assert [line["loss"] for line in history] == pytest.approx(of_a_pair[3::4])
+
+
+def test_a_run_trains_on_the_batches_of_its_settings_and_is_judged_by_val(flags, tmp_path):
+    """Batch size, captions per image, seed, epoch and noise."""
+    given, _ = cli.parse([*flags, "--captions-per-image", "2", "--seed", "3", "--noise", "0.5"])
+    run = training.set_up(settings.make(given), tmp_path / "run", "cpu", quiet=True)
+    run.epoch, split = 1, run.splits["train"]
+    pairs = data.Pairs(split, run.words["train"], data.CaptionNoise(run.tokenizer, 0.5), (3, 1))
+    want = [pairs[captions] for captions in data.epoch_batches(split.image_of, 4, 2, 3, 1)]
+    for ours, theirs in zip(run.batches(), want, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    judged = run.evaluate(run.model)
+    assert (judged["split"], judged["images"]) == ("val", 4)
+
+
+@pytest.mark.parametrize("model", ["tgdt", "user", "tgdt-user"])
+def test_the_settings_of_a_loss_reach_it(model, monkeypatch):
+    chosen, calls = settings.make({"dataset": "flickr8k", "model": model}), []
+    monkeypatch.setattr(train, "forward", lambda *given: ("images", "texts", "keys", "teacher"))
+    for name in ("tgdt_loss", "user_loss", "unified_loss"):
+        monkeypatch.setattr(losses, name, lambda *given, name=name, **more: calls.append((name, given[3:], more)))
+    train.batch_loss(None, None, {"image_row": None}, chosen, negatives="mean")
+    infonce = vars(chosen.infonce) | {"teacher": "teacher"}
+    assert calls == [{"tgdt": ("tgdt_loss", (), infonce | vars(chosen.cmc) | {"negatives": "mean"}),
+                      "user": ("user_loss", ("keys",), infonce | vars(chosen.uto)),
+                      "tgdt-user": ("unified_loss", ("keys", vars(chosen.uto)),
+                                    infonce | {"reduction": chosen.cmc.reduction})}[model]]
 
 
 def test_one_picture_is_too_few_to_train_on(flags, root, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Nothing of a user's is lost: two programs in one folder, kills at bad moments, changed files, a full disk, a closed
+"""A user loses nothing: two programs in one folder, kills at bad moments, changed files, a full disk, a closed
 pipe. Each ends in one line."""
 import errno
 import io
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import draw_nothing, flags_for
 from filelock import FileLock
 
 import losses
@@ -36,10 +37,19 @@ def refused(main, arguments: list[str], capsys, *said: str) -> None:
     assert message.startswith("error: ") and all(words in message for words in said), message
 
 
+@pytest.fixture(scope="module")
+def trained(root, bert, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        assert train.main([*flags_for(root, bert, out), "--epochs", "1"]) == 0
+    return out
+
+
 @pytest.fixture
-def run(flags, tmp_path) -> Path:
-    assert train.main([*flags, "--epochs", "1"]) == 0
-    return tmp_path / "run"
+def run(trained, tmp_path) -> Path:
+    """A run after one epoch, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def resume(run: Path, *more: str) -> list[str]:

@@ -122,7 +122,7 @@ def test_the_share_of_the_fine_gradient_that_goes_below():
     assert torch.allclose(within[0], within[1], atol=1e-6) and torch.allclose(within[0], within[2], atol=1e-6)
 
 
-def test_every_weight_has_a_part_in_the_loss():
+def test_the_loss_reaches_every_weight():
     model = make_model().train()
     images, texts = encoded(model, boxed())
     losses.unified_loss(images, texts, torch.arange(3), None, {}).backward()

@@ -92,6 +92,13 @@ def test_sge_equals_its_definition_region_by_region():
         assert torch.allclose(ours, guide, atol=1e-6)
 
 
+def test_sge_drops_out_what_it_reads_of_the_regions_and_of_the_picture():
+    sge, seen = user.SelfGuidedEnhancement(4), []
+    sge.dropout.register_forward_hook(lambda layer, given, dropped: seen.append(given[0].shape))
+    sge.guide(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    assert seen == [(2, 3, 4), (2, 4)]
+
+
 def test_statistics_are_of_the_real_regions_only():
     """In training mode, where BatchNorm takes its statistics from the batch: padding must not be among them."""
     outputs = []
@@ -231,7 +238,7 @@ def test_a_queue_holds_the_newest_keys_over_several_laps(length, batches):
     assert queue.owner[order].tolist() == [n + 100 for n in twin]
 
 
-def test_keys_of_the_query_s_own_image_and_empty_places_are_no_negatives():
+def test_keys_of_the_query_s_own_image_and_empty_places_are_not_negatives():
     queue = user.Queue(5, 2)
     queue.add(torch.eye(2)[[0, 1, 0]], torch.tensor([4, 8, 4]))
     assert queue.positives(torch.tensor([4, 8, 1])).tolist() == [
