@@ -116,7 +116,7 @@ def test_a_whole_dataset_is_fetched_once(tmp_path, server, dataset):
     assert server.asked == []
 
 
-def test_flickr30k_keeps_the_order_of_its_ids(tmp_path, server):
+def test_flickr30k_keeps_the_order_of_its_ids(tmp_path):
     """Bottom-up files are named by the place in Karpathy's list."""
     listed = served.images("flickr30k", SPLITS)
     (tmp_path / "table.csv").write_bytes(served.flickr30k_table(listed))

@@ -51,7 +51,7 @@ finally:
     assert done.stderr.startswith("error: there is no network") and done.stderr.count("\n") == 1
 
 
-def test_features_do_not_replace_the_pictures_that_clip_looks_at(root, tmp_path, monkeypatch, capsys):
+def test_features_do_not_replace_the_pictures_that_clip_looks_at(root, monkeypatch, capsys):
     """A folder with SCAN's files alone is enough, until --guide clip asks for pictures: these are fetched then."""
     monkeypatch.setattr(hub, "within_reach", lambda address="": False)
     plain = {"dataset": "flickr8k", "data_root": str(root), "model": "user"}

@@ -69,7 +69,7 @@ def batch(network, images: list[Image.Image]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("which", ["detector", "grid", "patches", "windows", "guide"])
-def test_a_picture_is_seen_alike_whatever_stands_beside_it(which, detector, grid, clips, request):
+def test_a_picture_is_seen_alike_whatever_stands_beside_it(which, detector, grid, clips):
     network = {"detector": detector, "grid": grid, "windows": networks.SceneWindows(), "guide": clips[0]}.get(which)
     network = network or networks.Patches(clips[0].name)
     images = pictures(*SIZES)

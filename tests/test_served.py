@@ -311,13 +311,13 @@ def test_a_server_that_restarts_is_asked_again(sides, server, monkeypatch):
 
 @pytest.mark.parametrize("faults, said", [([503] * 9, "no Qdrant answers there"), ([401] * 9, "QDRANT_API_KEY"),
                                           ([400], "400")])
-def test_a_server_that_refuses_or_stays_away(sides, server, faults, said):
+def test_a_server_that_refuses_or_stays_away(server, faults, said):
     server.faults = faults
     with pytest.raises(BadInput, match=said):
         served.load(server.address)
 
 
-def test_nobody_there_is_said_at_once_in_one_line(tmp_path, capsys):
+def test_nobody_there_is_said_at_once_in_one_line(capsys):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as unused:
         port = unused.server_port
     start = perf_counter()

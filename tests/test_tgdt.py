@@ -103,7 +103,7 @@ def test_the_global_loss_trains_every_part_below_it(model):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters() if p.ndim > 1)
 
 
-def test_the_first_layers_of_bert_give_its_hidden_state(model):
+def test_the_first_layers_of_bert_give_its_hidden_state():
     torch.manual_seed(1)
     bert = BertModel(BertConfig(**{**TINY_BERT, "num_hidden_layers": 4}), add_pooling_layer=False).eval()
     ids = torch.randint(1, 100, (2, 7))

@@ -132,7 +132,7 @@ def test_a_clip_guides_and_its_embeddings_are_kept(flags, root, tmp_path, capsys
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_guide_that_cannot_be_is_refused(flags, root, tmp_path, capsys, monkeypatch):
+def test_a_guide_that_cannot_be_is_refused(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused([*flags, "--guide", "self"], capsys, "--guide self", "tgdt-user")
     guided = [*flags, "--model", "user", "--guide", "clip", "--clip-model", str(save_clip(tmp_path / "clip"))]
@@ -181,7 +181,7 @@ def test_without_a_queue_there_is_uto_on_the_batch_alone(bert):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_frozen_text_encoder_keeps_its_weights(flags, bert, tmp_path):
+def test_a_frozen_text_encoder_keeps_its_weights(flags, tmp_path):
     """No gradient is computed for them either."""
     assert train.main([*flags, "--model", "user", "--queue", "8", "--text-lr", "0", "--out", str(tmp_path / "a")]) == 0
     trained, chosen = weights(tmp_path / "a"), folder.read_settings(tmp_path / "a")
@@ -302,7 +302,7 @@ def test_a_folder_with_a_tokenizer_of_somebody_else_is_left_alone(flags, tmp_pat
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_resume_wants_a_run_and_the_features_it_was_trained_on(flags, root, tmp_path, capsys):
+def test_resume_wants_a_run_and_the_features_it_was_trained_on(flags, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "no run here")
     assert train.main([*flags, "--epochs", "1"]) == 0
     wide = tmp_path / "wide"
@@ -352,7 +352,7 @@ def test_workers_read_the_same_batches(flags, tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def test_the_loss_masks_the_other_captions_of_an_image(bert):
+def test_the_loss_masks_the_other_captions_of_an_image():
     """Two captions of each image, alike: the loss is 0 only if they are no negatives of each other's image."""
 
     class Fixed(torch.nn.Module):
