@@ -2,6 +2,7 @@
 import math
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_an_arm_that_ctrl_c_stops_is_the_last_one(tmp_path, monkeypatch, capsys)
     stopped.write_text("#!/bin/sh\nexit 130\n")
     stopped.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stopped))
+    assert ablations.main(["train", "--out", str(tmp_path), "--arms", "tgdt; user", "--seeds", "0"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tgdt, seed 0: stopped") and "user" not in said
+
+
+def test_ctrl_c_ends_all_arms_also_if_the_arm_dies_of_it_before_it_can_save(tmp_path, monkeypatch, capsys):
+    class Dying(nullcontext):
+        codes = iter([KeyboardInterrupt(), -2])
+
+        def wait(self) -> int:
+            if isinstance(code := next(self.codes), KeyboardInterrupt):
+                raise code
+            return code
+
+    monkeypatch.setattr(ablations.subprocess, "Popen", lambda *given, **more: Dying(Dying()))
     assert ablations.main(["train", "--out", str(tmp_path), "--arms", "tgdt; user", "--seeds", "0"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("tgdt, seed 0: stopped") and "user" not in said

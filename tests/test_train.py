@@ -518,6 +518,8 @@ def test_the_learning_rate():
 
 def test_searching_what_is_not_there_ends_in_one_line(tmp_path, capsys):
     for arguments, said in ((["evaluate", str(tmp_path)], "no run here"), (["search", str(tmp_path), " "], "empty"),
+                            (["search", str(tmp_path), "a dog", "--from-run", "other"], "--from-run is for an index"),
+                            (["evaluate", f"qdrant:{tmp_path}", "--dtype", "float16"], "--dtype need a run"),
                             (["search", str(tmp_path), "a dog", "--save", "found.xyz"], "found.xyz")):
         assert retrieve.main(arguments) == 2
         message = capsys.readouterr().err
