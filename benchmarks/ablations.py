@@ -8,9 +8,9 @@
 `train` trains the arms of a budget that have no results in DIR yet, seed by seed, each in a process of its own. You can
 stop it and start it again at any time. It takes the arms of benchmarks/ablations.csv, or `--arms "tgdt; user, no guide,
 --queue 512"`. `--seeds 0,1` takes some seeds, and all other flags go to train.py. `speed` compares a matcher by
-cross-attention with two-stage search. `table` adds the results in DIR to benchmarks/ablations.csv, which holds all
-results, and prints the tables. Without --out it prints what the file holds. --courses also prints rsum after each
-epoch, and --draw draws the claims.
+cross-attention with two-stage search, and writes its times into benchmarks/ablations.csv. `table` adds the results in
+DIR to benchmarks/ablations.csv, which holds all results, and prints the tables. Without --out it prints what the file
+holds. --courses also prints rsum after each epoch, and --draw draws the claims.
 
 There are three budgets. "flickr8k" is the smallest one in which all arms can be trained on two cores: BERT is frozen,
 without dropout and noise, so each caption passes it once for all arms, and a batch holds all five captions of its
@@ -74,10 +74,10 @@ def one(budget: str, arm: str, out: Path, argv: list[str]) -> int:
             run = remember(run)
         if not training.train_guarded(partial(train.train, loss_of=loss_of), run):
             return 130
+        run.kept.load_state_dict(folder.read_checkpoint(out / "best.pt")["model"])
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run.kept.load_state_dict(folder.read_checkpoint(out / "best.pt")["model"])
     write_rows(out / "results.csv", [{"budget": budget, "arm": arm, "seed": chosen.run.seed, **row}
                                      for row in measure(run, more=arm in MODELS)])
     return 0
@@ -142,8 +142,12 @@ def twins(run: Run) -> list[dict]:
             for way, gain in gains.items() for name in drawing.TWINS]
 
 
-def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
-    """Train the arms one after the other, each in a process of its own with a log in its folder."""
+def train_all(args: argparse.Namespace, more_flags: list[str]) -> int:
+    """Train the arms one after the other, each in a process of its own with a log in its folder.
+
+    Returns the exit code: 1 if an arm failed, 130 if it was stopped.
+    """
+    failed = False
     arms = args.arms or dict.fromkeys(row["arm"] for row in read_rows(RESULTS) if row["budget"] == args.budget)
     for seed in args.seeds:
         for arm in arms:
@@ -162,7 +166,9 @@ def train_all(args: argparse.Namespace, more_flags: list[str]) -> None:
             told = {0: "done", 130: "stopped"}.get(code, f"FAILED ({code}), see {out / 'log.txt'}")
             print(f"{arm}, seed {seed}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
             if code == 130:
-                return
+                return code
+            failed |= code != 0
+    return int(failed)
 
 
 # ---------------------------------------------------------------------------------------------------- results file
@@ -420,6 +426,10 @@ def speed() -> None:
         print(f"{name:36}{1000 * value:10.3f} ms a caption{seconds['cross-attention'] / value:10.1f} times as fast")
 
 
+def seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main(argv: list[str]) -> int:
     matplotlib.use("Agg")
     if argv[:1] == ["one"]:
@@ -430,7 +440,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", choices=("train", "speed", "table"))
     parser.add_argument("--out", type=Path, help="folder of the runs")
     parser.add_argument("--budget", choices=BUDGETS, default="scenes")
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--arms", type=lambda text: [part.strip() for part in text.split(";")],
                         help="some arms, separated by semicolons; of the claims: " + "; ".join(ARMS))
     parser.add_argument("--courses", action="store_true", help="print rsum after each epoch, too")
@@ -438,6 +448,8 @@ def main(argv: list[str]) -> int:
     args, more_flags = parser.parse_known_args(argv)
     if args.command == "table" and args.out and not args.out.is_dir():
         parser.error(f"--out {args.out}: there is no such folder")
+    if args.command != "train" and more_flags:
+        parser.error(f"{args.command} has no {more_flags[0]}")
     if args.command == "speed":
         speed()
     elif args.command == "table":
@@ -450,7 +462,8 @@ def main(argv: list[str]) -> int:
             parser.error(str(error))
         if not args.out:
             parser.error("train needs --out")
-        train_all(args, more_flags)
+        flags.parse([*BUDGETS[args.budget].split(), *more_flags])  # says what is wrong with them before the first arm
+        return train_all(args, more_flags)
     return 0
 
 

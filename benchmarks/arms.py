@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BertModel
@@ -70,11 +70,14 @@ def other_branches(run: Run, reads: str) -> Run:
     return run
 
 
+def pools(run: Run) -> list[user.GeneralizedPooling]:
+    return [pool for model in copies(run) for pool in (model.image_pool, model.text_pool)]
+
+
 def start_as_mean(run: Run) -> Run:
     """GPO starts as mean pooling: all places have the score 0."""
-    for model in copies(run):
-        nn.init.zeros_(model.image_pool.score.weight)
-        nn.init.zeros_(model.text_pool.score.weight)
+    for pool in pools(run):
+        nn.init.zeros_(pool.score.weight)
     return run
 
 
@@ -84,19 +87,16 @@ def broad_pooling(run: Run, factor: float = 1.0) -> Run:
     factor: what the last weights of GPO are multiplied by. With 10 GPO is what it was at the start, but as Adam's steps
     stay as large as they were, its score is learnt at a tenth of the rate.
     """
-    for model in copies(run):
-        for pool in (model.image_pool, model.text_pool):
-            pool.temperature = 1.0
-            pool.score.weight.data.mul_(factor)
+    for pool in pools(run):
+        pool.temperature = 1.0
+        pool.score.weight.data.mul_(factor)
     return run
 
 
 def mean_pooling(run: Run) -> Run:
     """The mean over the tokens in place of GPO."""
-    run = start_as_mean(run)
-    for model in copies(run):
-        model.image_pool.requires_grad_(False)
-        model.text_pool.requires_grad_(False)
+    for pool in pools(start_as_mean(run)):
+        pool.requires_grad_(False)
     return run
 
 
@@ -119,14 +119,9 @@ class OwnBranch(Unified):
     The plain tokens stay what the coarse vectors are pooled from. Features and BERT serve both.
     """
 
-    def own_region_tokens(self, regions: Tensor) -> Tensor:
-        """[n, F] -> [n, D], as in `USER.embed_regions`."""
-        own = self.own
-        return own["project"](regions) + own["mlp_out"](own["mlp_norm"](own["mlp_in"](regions)).relu())
-
     def encode_images(self, batch: dict) -> tgdt.Encoded:
         tokens, mask = self.region_tokens(batch)
-        own = user.of_real_tokens(self.own_region_tokens, batch["regions"], mask)
+        own = user.of_real_tokens(partial(user.USER.embed_regions, self.own), batch["regions"], mask)
         fine = self.fine_regions(own + self.geometry(tgdt.box_geometry(batch["boxes"])), src_key_padding_mask=~mask)
         return tgdt.Encoded(tgdt.unit(self.image_pool(tokens, mask)), tgdt.unit(fine), mask, tgdt.unit(tokens))
 
@@ -180,19 +175,6 @@ def boxes_as_features(run: Run) -> Run:
     return run
 
 
-class Shuffled(Run):
-    """An epoch is one shuffle of all captions, so captions of an image are spread over it by chance."""
-
-    def plan(self, epoch: int) -> list[list[int]]:
-        order = np.random.default_rng([self.settings.run.seed, epoch]).permutation(len(self.words["train"])).tolist()
-        size = self.settings.training.batch_size
-        return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-
-
-def shuffled(run: Run) -> Run:
-    return Shuffled(**{field.name: getattr(run, field.name) for field in fields(run)})
-
-
 class KeysInTraining(user.MomentumContrast):
     """Images are encoded as in training: with dropout, and normalised by the batch. Only parameters follow the model.
 
@@ -213,10 +195,8 @@ class KeysInTraining(user.MomentumContrast):
 
 
 def keys_in_training(run: Run) -> Run:
-    old = run.momentum
-    new = KeysInTraining(run.model, run.settings.architecture.dim, 1, old.momentum, old.warm).to(run.device)
-    new.image_queue, new.text_queue = old.image_queue, old.text_queue
-    run.momentum = new
+    run.momentum.__class__ = KeysInTraining
+    run.momentum.train()
     return run
 
 
@@ -234,9 +214,8 @@ class UnmaskedQueue(user.Queue):
 
 
 def queue_unmasked(run: Run) -> Run:
-    length, dim = run.momentum.image_queue.keys.shape
-    run.momentum.image_queue = UnmaskedQueue(length, dim).to(run.device)
-    run.momentum.text_queue = UnmaskedQueue(length, dim).to(run.device)
+    for queue in (run.momentum.image_queue, run.momentum.text_queue):
+        queue.__class__ = UnmaskedQueue
     return run
 
 
@@ -338,9 +317,10 @@ class Remembered(nn.Module):
     def __init__(self, bert: BertModel, words: list[np.ndarray], path: Path, device: torch.device | str = "cpu"):
         super().__init__()
         self.config = bert.config
-        if not path.is_file():
-            states = read_all(bert.eval(), words, device)
-            write_whole(path, lambda file: np.save(file, states))
+        with FileLock(f"{path}.lock"):  # another arm may want the same file at the same time
+            if not path.is_file():
+                states = read_all(bert.eval(), words, device)
+                write_whole(path, lambda file: np.save(file, states))
         states = torch.from_numpy(np.load(path)).split([len(ids) for ids in words])
         self.states = {ids.tobytes(): state for ids, state in zip(words, states, strict=True)}
 
@@ -437,11 +417,7 @@ CHANGES = {
     "keys in training": Change(to_run=keys_in_training),
     "cold momentum": Change(to_run=cold_momentum),
     "full queue": Change(to_run=full_queue),
-    "shuffle": Change("--captions-per-image 1", shuffled),
-    "released rates": Change("--batch-size 128 --lr 5e-4 --momentum 0.999 --schedule step --drop-every 6 --keep model"),
 }
-AS_RELEASED = ("user, fixed regions, reward floor, batch unmasked, queue unmasked, keys in training, cold momentum, "
-               "full queue, shuffle, released rates")
 
 UNTAUGHT = "unified, averaged, --distill 0"  # the unified model without a teacher
 EXTENDED = "unified, averaged, own branch, intra-modal term"
@@ -455,8 +431,6 @@ CLAIMS = {
     "1 trained on both levels, or on fine alone": ("tgdt", "tgdt, fine alone: local"),
     "2 CMC with its intra-modal term, or without": ("tgdt", "tgdt, no intra-modal term"),
     "2 its margin: 0.3, or 0.1": ("tgdt", "tgdt, --intra-margin 0.1"),
-    "2 the hinge's margin: 0.2, or 0.1": ("tgdt", "tgdt, --margin 0.1"),
-    "2 the hinge's margin: 0.2, or 0.4": ("tgdt", "tgdt, --margin 0.4"),
     "3 a shortlist re-ranked, or everything": ("tgdt", "tgdt: mixed"),
     "5 the global encoder reads the tokens, or what they are made of": ("tgdt", "tgdt, beside"),
     "5 it reads the tokens, or the tokens without gradients": ("tgdt", "tgdt, detached"),
@@ -533,7 +507,6 @@ UNIFIED = {  # the unified model beside its parents, and its parts
     "small preset: re-ranked, or its coarse level alone": ("unified", "unified: global"),
     "small preset: the momentum copy teaches, or not; USER with InfoNCE": (
         "user, InfoNCE, distilled", "user, InfoNCE"),
-    "small preset: the momentum copy teaches, or not": ("unified, distilled", "unified"),  # on scenes
     # With BERT frozen, without a teacher:
     "no teacher: the unified model, or TGDT with InfoNCE": (UNTAUGHT, "tgdt, averaged, InfoNCE"),
     "no teacher: the unified model, or USER with InfoNCE": (UNTAUGHT, "user, no guide, averaged, InfoNCE"),
@@ -571,8 +544,6 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "SGE's statistics over all regions, or for each of 36": ("user", "user, fixed regions"),
     "five captions of an image in a batch, or one": (
         "user, no guide, averaged", "user, no guide, averaged, one caption an image"),
-    "captions of an image far apart, or one shuffle of all": (
-        "user, no guide, averaged, one caption an image", "user, no guide, averaged, shuffle"),
     "GPO starts as the mean, or at random": ("user, no guide, averaged, mean first", "user, no guide, averaged"),
     "GPO starts as the mean, or at random; BERT fine-tuned, after three of nine epochs": (
         "user, mean first, --epochs 3: epoch 3", "user: epoch 3"),
@@ -587,8 +558,6 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "keys encoded in eval mode, or in training mode": ("user, no guide", "user, no guide, keys in training"),
     "a momentum that grows, or a constant one": ("user, no guide", "user, no guide, cold momentum"),
     "queues that start empty, or full of random keys": ("user, no guide", "user, no guide, full queue"),
-    "all our changes to the code, or none; both at the released rates": (
-        "user, released rates, one caption an image", AS_RELEASED),
 }
 
 

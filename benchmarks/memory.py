@@ -8,6 +8,7 @@ The exit code is 1 if the difference is more than 1 GB.
 """
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ def peak(folder: Path, bert: Path, out: Path) -> int:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it has no options but --help
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "dog", "on", "grass", "cat"]

@@ -138,7 +138,12 @@ def compare(size: int) -> None:
                   f"{one * 1e3:9.2f} ({limit / one:.2f}){ours * 1e3:9.2f} ({limit / ours:.2f})"
                   f"{base[queries.kind] / ours:8.1f}{every * 1e3:12.2f}{slower:12.2f}"
                   f"{beside / len(queries) * 1e3:13.2f}{every2 / 20 * size / len(queries) * 1e3:12.2f}", flush=True)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    print(f"peak memory {peak():.1f} GB")
+
+
+def peak() -> float:
+    """The most memory that this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def grow(out: Path, dim: int = 256, k: int = 100) -> None:
@@ -159,7 +164,7 @@ def grow(out: Path, dim: int = 256, k: int = 100) -> None:
         exhaustive *= size / min(size, 3000) / 64 * 1e3  # linear in N: three thousand images tell
         lines.append((size, two, one, exhaustive))
         print(f"{size:8d}{two:11.2f}{one:9.2f}{exhaustive:12.1f}", flush=True)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    print(f"peak memory {peak():.1f} GB")
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for column, name, style in ((1, "two-stage", "k.-"), (2, "stage 1 alone", "k.:"), (3, "exhaustive local", "r.--")):
         axis.loglog(sizes, [line[column] for line in lines], style, label=name)
@@ -187,7 +192,7 @@ def million(dim: int = 128, k: int = 100, size: int = 1_000_000) -> None:
         operations = 2 * count * size * dim + 2 * 15 * gathered
         floor = max(read / bandwidth, operations / speed) / count * 1e3
         print(f"{count:8d}{two:11.3f}{one:9.3f}{floor:9.3f}", flush=True)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    print(f"peak memory {peak():.1f} GB")
 
 
 if __name__ == "__main__":

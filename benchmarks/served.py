@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from harness import engines, index, push, served  # noqa: E402
-from retrieve import Embeddings  # noqa: E402
+from harness import engines, index, push, served
+from retrieve import Embeddings
 
 TOKENS = {"image": 36, "text": 12}
 SHORTLIST = {"image": 100, "text": 50}

@@ -9,6 +9,7 @@ matrix products would be done at the rate of a large one, in bfloat16 or in floa
 """
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from contextlib import nullcontext
@@ -43,7 +44,8 @@ def make_batch() -> dict[str, torch.Tensor]:
     return {name: value.to(DEVICE) for name, value in data.Pairs(split, words)[range(160)].items()}
 
 
-def measure(name: str, precision: str, batch: dict[str, torch.Tensor], steps: int = 3) -> tuple[dict, float]:
+def measure(name: str, precision: str, batch: dict[str, torch.Tensor], padded: bool, steps: int = 3
+            ) -> tuple[dict, float]:
     """The seconds of each phase of a step, the median of a few steps, and the operations of its matrix products."""
     torch.manual_seed(0)
     chosen = settings.make({"dataset": "flickr8k", "model": name})
@@ -65,7 +67,7 @@ def measure(name: str, precision: str, batch: dict[str, torch.Tensor], steps: in
     def share(branch, batch):
         """Times the encoders inside the loss; those of the momentum copy have no gradients."""
         phase = "captions" if branch.func is train.by_length else "images"
-        if phase == "captions" and "--padded" in sys.argv:
+        if phase == "captions" and padded:
             branch = branch.args[0]  # what by_length calls with each group
         return timed(phase if torch.is_grad_enabled() else "momentum", branch, batch)
 
@@ -90,7 +92,9 @@ def measure(name: str, precision: str, batch: dict[str, torch.Tensor], steps: in
 
 
 def main() -> None:
-    batch = make_batch()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--padded", action="store_true", help="pad all captions of a batch to the longest")
+    padded, batch = parser.parse_args().padded, make_batch()
     print(f"{DEVICE}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; percent of a step's time")
     print(f"{'model':12}{'precision':>10}" + "".join(f"{phase:>11}" for phase in PHASES)
           + f"{'seconds':>10}{'captions/s':>12}{'of limit':>10}")
@@ -98,7 +102,7 @@ def main() -> None:
     with attention:
         for name in ("tgdt", "user", "tgdt-user"):
             for precision in ("float32", "bfloat16"):
-                phases, operations = measure(name, precision, batch)
+                phases, operations = measure(name, precision, batch, padded)
                 whole = sum(phases.values())
                 limit = operations / rate(getattr(torch, precision))
                 print(f"{name:12}{precision:>10}" + "".join(f"{100 * phases[phase] / whole:10.0f}%" for phase in PHASES)

@@ -22,6 +22,7 @@ def run_command(command: Callable[[], int]) -> int:
     """
     if at_once := signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `start.first_look`
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # None by >&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter of a caption
@@ -43,7 +44,7 @@ def code_of(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno in CLOSED:
+        if error.errno in CLOSED and not error.filename:  # with a name, it is a disk that fails
             return leave_quietly()
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"

@@ -10,7 +10,7 @@ import losses
 import retrieve
 from retrieve import Embeddings
 
-SHARED = 32    # captions that meet an image on average, from which on going image by image is faster
+SHARED = 32    # from this many captions an image, on average, going image by image is faster
 QUERIES = 256  # queries that a thread searches at once
 
 

@@ -15,19 +15,22 @@ from sources.files import BadInput
 
 def first_look(given: dict, options: Namespace) -> int:
     """Raises BadInput if pictures or captions are missing and no address that has them can be reached. Returns 0."""
+    if options.resume:  # the flags mean changes of that run, and not of the defaults
+        return 0
     settings = settings_.make(given)
-    if settings.run.dataset in fetch.SOURCES and not options.resume and not options.print_settings:
-        root, features = data_root(settings), layouts.has_features(settings.run.dataset, data_root(settings))
-        if are_wanted(settings, root, features):
-            fetch.check_network(settings.run.dataset, root)
+    dataset, root = settings.run.dataset, data_root(settings)
+    if dataset in fetch.SOURCES and not options.print_settings:
+        if are_wanted(settings, root, layouts.has_features(dataset, root)):
+            fetch.check_network(dataset, root)
     return 0
 
 
 def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     """Decide where the data lives, by default in data/<dataset>, and fetch what is missing of a published dataset.
 
-    What the folder has is used as it is; check=True fetches and checks pictures and captions there in any case. Raises
-    BadInput if the dataset is not one that can be fetched, or if fetching fails.
+    What the folder has is used as it is. check=True (--fetch-only) also fetches and checks pictures that a run would
+    not need, except with --regions files. Raises BadInput if the dataset is not one that can be fetched, or if fetching
+    fails.
     """
     dataset = settings.run.dataset
     if dataset not in fetch.SOURCES:

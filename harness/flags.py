@@ -96,7 +96,7 @@ def path(text: str) -> Path:
 def whole(lowest: int, highest: int) -> Callable[[str], int]:
     """The type of a flag that takes a whole number in this range."""
     def read(text: str) -> int:
-        if not text.isdecimal() or not lowest <= int(text) <= highest:
+        if not re.fullmatch("[0-9]{1,9}", text) or not lowest <= int(text) <= highest:
             raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {lowest} to {highest:,}")
         return int(text)
 
@@ -184,8 +184,9 @@ def search_parser() -> Parser:
     shared.add_argument("--split", choices=("train", "val", "test"),
                         help="which split (default test, val where there is none)")
     shared.add_argument("--data-root", type=path, metavar="DIR", help="the data, if no longer where it was trained on")
-    shared.add_argument("--region-weights", metavar="FILE", help="likewise the weights of the network for regions")
-    shared.add_argument("--clip-model", metavar="FOLDER", help="likewise the CLIP")
+    shared.add_argument("--region-weights", metavar="FILE",
+                        help="the weights of the network for regions, if no longer where they were")
+    shared.add_argument("--clip-model", metavar="FOLDER", help="the CLIP, if no longer where it was")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     shared.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
     shared.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,

@@ -20,9 +20,12 @@ from harness import settings as settings_
 from harness.settings import Settings
 from sources.files import BadInput, explained, read_weights
 
+PARTS = ("settings.json", "checkpoint.pt", "best.pt", "tokenizer")  # of a run folder
 # What every checkpoint of ours holds.
 CHECKPOINT = {"settings": dict, "feature_dim": int, "seen": dict, "bert": dict, "train_data": str, "model": dict,
               "epoch": int}
+# What may have computed the regions that a model was trained on (`sources/networks.py`), or they came from files.
+KINDS = ("files", "detector", "grid", "clip", "scenes")
 # What decides the shape of a BERT. Nothing else of a checkpoint reaches transformers.
 BERT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
         "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id", "hidden_dropout_prob",
@@ -49,6 +52,12 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not all(
             isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items()):
         raise BadInput(f"{path}: not a checkpoint of this program, which has {', '.join(sorted(CHECKPOINT))}")
+    with explained(path, "a checkpoint that says what computed its regions"):
+        regions, clip = checkpoint["seen"]["regions"], checkpoint["seen"]["clip"]
+        sizes = [] if regions["kind"] == "files" else [regions["regions"], regions["dim"]]
+        if (regions["kind"] not in KINDS or clip and clip["kind"] != "clip-guide"  # these become names of folders
+                or not all(isinstance(size, int) and size > 0 for size in sizes + ([clip["dim"]] if clip else []))):
+            raise ValueError(f"found {regions} and {clip}")
     return checkpoint
 
 
@@ -133,9 +142,9 @@ def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
 
 
 def fingerprint(split: data.Split) -> str:
-    """What tells one split from another: its captions, and the features of a few of its images."""
+    """A digest of a split: its captions, the image of each, and the features of some 16 to 32 of its images."""
     hashed = hashlib.blake2b(digest_size=16)
-    hashed.update("\n".join(split.captions).encode("utf8", "surrogateescape"))
+    hashed.update("\n".join(split.captions).encode())
     hashed.update(np.asarray(split.image_of, np.int64).tobytes())
     for row in sorted({*range(0, len(split.features), max(1, len(split.features) // 16)), len(split.features) - 1}):
         for array in split.features.read([row]):

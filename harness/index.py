@@ -184,16 +184,20 @@ def load(folder: Path) -> Index:
 
 def read_manifest(path: Path) -> dict:
     """The manifest of an index. Raises BadInput if it is another file, or is damaged."""
-    shape = {"checkpoint": str, "run": str, "split": str, "dtype": str, "dim": int, "tokens": bool}
     manifest = read_json(path)
     with explained(path, "the manifest of an index: make the index anew"):
-        counts, sums = manifest["counts"], manifest["checksums"]
-        right = all(type(manifest[name]) is kind for name, kind in shape.items()) and manifest["dtype"] in DTYPES
-        if not right or not all(type(counts[kind]) is int and counts[kind] >= 0 for kind in KINDS):
-            raise ValueError("a value of the wrong kind")
-        if sums.keys() != set(files_of(manifest)):
+        check_values(manifest)
+        if manifest["checksums"].keys() != set(files_of(manifest)):
             raise ValueError("other files are listed")
     return manifest
+
+
+def check_values(manifest: dict) -> None:
+    """Raises KeyError if a manifest lacks a value, and ValueError if one is of the wrong kind."""
+    shape = {"checkpoint": str, "run": str, "split": str, "dtype": str, "dim": int, "tokens": bool}
+    right = all(type(manifest[name]) is kind for name, kind in shape.items()) and manifest["dtype"] in DTYPES
+    if not right or not all(type(count := manifest["counts"][kind]) is int and count >= 0 for kind in KINDS):
+        raise ValueError("a value of the wrong kind")
 
 
 def open_side(folder: Path, kind: str, manifest: dict) -> Embeddings:

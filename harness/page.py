@@ -6,6 +6,7 @@ What is shown is computed in `harness/queries.py` and written as HTML in `harnes
 optional, and imported only where it is used.
 """
 import argparse
+import os
 import random
 import socket
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from urllib.request import getproxies
 
 from harness import console, markup, queries
 from harness.queries import Click, Query, Side
@@ -85,7 +87,7 @@ def build(gr: ModuleType, sides: list[Side]):
 
 def draw(side: Side, query: Query, click: Click | None, k: int, weight: float) -> str:
     try:
-        return markup.draw(side, query, click, k, weight)
+        return markup.draw(side, query, click, int(k), weight)  # 2.5 can be typed beside the slider
     except BadInput as error:  # a picture has gone since the page was opened
         return markup.problem(str(error))
 
@@ -144,6 +146,8 @@ def run_page(args: argparse.Namespace) -> int:
     style = Path(__file__).with_name("page.css")
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     theme.set(layout_gap="10px")
+    hosts = [*getproxies().get("no", "").split(","), "localhost", args.host]
+    os.environ["no_proxy"] = ",".join(filter(None, hosts))  # Gradio asks the page itself whether it is there
     try:
         page.launch(
             server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True, share=False,

@@ -187,7 +187,9 @@ def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], ski
               cache: Path) -> None:
     """Report the pictures that cannot be used. With `skip`, go on without them and their captions.
 
-    That works if the features come `from_pictures`. Files of features have a row for each picture.
+    That works if the features come `from_pictures`. Files of features have a row for each picture. Raises BadInput if
+    there are such pictures and they may not be left out, or if fewer than two of train, or none of another split, are
+    left.
     """
     messages = [message for of_split in bad.values() for _, message in sorted(of_split.items())]
     if not messages:

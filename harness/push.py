@@ -1,7 +1,6 @@
 """Push a corpus into Qdrant, block by block; a push that was stopped goes on where it was."""
 from __future__ import annotations
 
-import hashlib
 import time
 from bisect import bisect_left
 
@@ -29,8 +28,7 @@ def push(address: str, identity: dict, counts: dict[str, int], encode: Encode, n
     server = qdrant.connect(address)
     from qdrant_client import models
 
-    digest = hashlib.sha256(str(identity.get("pictures")).encode()).hexdigest()
-    manifest = identity | {"pictures": digest, "counts": counts, "whole": False, "approximate": False}
+    manifest = identity | {"counts": counts, "whole": False, "approximate": False}
     for kind in KINDS:
         settle(server, kind, manifest)
     for kind, each in zip(KINDS, (names["images"], names["captions"]), strict=True):
@@ -49,8 +47,6 @@ def settle(server: qdrant.Connection, kind: str, manifest: dict) -> None:
     """Make a collection, or check that the one that is there holds the same corpus of the same model."""
     from qdrant_client import models
 
-    if manifest["dtype"] == "bfloat16":
-        raise BadInput("--dtype bfloat16: Qdrant holds float32 and float16")
     if served.manifest_of(server, kind) is None:
         shape = {"size": manifest["dim"], "distance": models.Distance.DOT, "hnsw_config": graph(False)}
         max_sim = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
@@ -105,9 +101,14 @@ def points_of(side: Embeddings, items: np.ndarray, names: list[str]) -> list:
 
 
 def recall(server: qdrant.Connection, kind: str, k: int) -> float:
-    """The part of the exact shortlists that HNSW finds, for up to PROBES vectors of the other kind as queries."""
+    """The share, 0 to 1, of the exact shortlists that HNSW finds.
+
+    Up to PROBES vectors of the other kind are the queries, or of the corpus itself if there are none.
+    """
     time.sleep(PAUSE)  # the graph is built in the background
-    while server.ask("get_collection", kind).status not in ("green", "grey"):
+    while (status := server.ask("get_collection", kind).status) not in ("green", "grey"):
+        if status == "red":
+            raise BadInput(f"{server.address}: Qdrant could not build the graph of the {kind}s, its log says why")
         time.sleep(PAUSE)
     corpus, other = (served.Side(side, server, served.manifest_of(server, side)) for side in (
         kind, "text" if kind == "image" else "image"))

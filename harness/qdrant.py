@@ -69,7 +69,8 @@ def connect(address: str) -> Connection:
     if "@" in url.netloc or not url.hostname or not name or "/" in name:
         raise BadInput(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}: expected qdrant://HOST:PORT/NAME; "
                        "a key belongs into QDRANT_API_KEY")
-    first, client = (QdrantClient(host=url.hostname, port=url.port or 6333, https=url.scheme == "qdrants", api_key=key,
+    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname  # of version 6
+    first, client = (QdrantClient(host=host, port=url.port or 6333, https=url.scheme == "qdrants", api_key=key,
                                   timeout=seconds, check_compatibility=False) for seconds in (5, 120))
     Connection(address, first, f"{name}-").ask("collection_exists", "image", patient=False)
     return Connection(address, client, f"{name}-")
@@ -77,7 +78,7 @@ def connect(address: str) -> Connection:
 
 @dataclass
 class Embedded:
-    """Qdrant's engine in this process, with those methods of `QdrantClient` that harness/served.py calls."""
+    """Qdrant's engine in this process, with the methods of `QdrantClient` that served.py and push.py call."""
 
     folder: Path
     shards: dict = field(default_factory=dict)

@@ -5,6 +5,7 @@ The concepts are in `retrieve.py`, the index is in `harness/index.py`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from harness import settings as settings_
 from harness.settings import Settings
 from retrieve import Embeddings, encode
 from sources import layouts, photos
-from sources.files import BadInput, explained
+from sources.files import BadInput
 from sources.store import facts
 
 QUERIES = 256  # captions of a file searched together
@@ -134,6 +135,10 @@ def run_index(args: argparse.Namespace) -> None:
     address, checkpoint = qdrant.is_address(args.out), index.checkpoint_of(args.run)
     if args.approximate and not address:
         raise BadInput("--approximate is for an index in Qdrant: --out qdrant://HOST:PORT/NAME")
+    if address and args.dtype == "bfloat16":
+        raise BadInput("--dtype bfloat16: Qdrant holds float32 and float16")
+    if address:
+        qdrant.connect(args.out)  # what is wrong with it is told before the data is loaded
     place = args.out if address else index.place_of(args.out)  # before the data is loaded
     if args.images:
         if args.split:
@@ -154,7 +159,8 @@ def run_index(args: argparse.Namespace) -> None:
                 "data": str(Path(root).resolve()) if root else None, "dim": settings.architecture.dim,
                 "tokens": settings.run.model != "user", "content": folders.fingerprint(split)}
     if args.images:  # other pictures make another index
-        identity["pictures"] = [list(facts(picture, args.images)) for picture in split.pictures]
+        listed = str([list(facts(picture, args.images)) for picture in split.pictures])
+        identity["pictures"] = hashlib.sha256(listed.encode()).hexdigest()
 
     def encode_items(kind: str, items: np.ndarray) -> Embeddings:
         if kind == "text":
@@ -233,7 +239,7 @@ def answer(run: Searched, query: Embeddings, corpus: Embeddings, names: list[str
     else:
         query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the processor
         rows, scores = (found[:, :top] for found in engines.search(query, corpus, *options))
-        coarse = (query.globals[:, None] * corpus.globals[rows]).sum(2)
+        coarse = torch.stack([corpus.globals[own] @ vector for vector, own in zip(query.globals, rows, strict=True)])
     rows, scores, coarse = rows.cpu(), scores.cpu(), coarse.cpu()
     fine = (scores - coarse) / weight if weight else torch.zeros_like(scores)
     lines = zip(rows.tolist(), scores.tolist(), coarse.tolist(), fine.tolist(), strict=True)
@@ -262,8 +268,6 @@ def check_search(args: argparse.Namespace) -> list[str]:
         if args.save:
             raise BadInput("--save draws one query, --queries has many")
         return layouts.read_captions(args.queries)
-    with explained("the caption", "text in UTF-8"):
-        (args.caption or "").encode()  # raises an error for bytes that are not text
     if args.image is None and not args.caption.strip():
         raise BadInput("the caption is empty")
     return [args.caption]

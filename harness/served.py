@@ -1,7 +1,7 @@
 """A served index: a corpus in Qdrant, searched there. docs/served.md says when this pays, and how to start a server.
 
 Images and captions have a collection each. A point is an item, its id is the row; it has a vector `global`, vectors
-`tokens` and a name. The stages are two queries: in one, each shard of a collection would take a shortlist of its own.
+`tokens` and a name. The stages are two queries: in a single one, each shard would make a shortlist of its own.
 Stage 2 runs in Qdrant where its MaxSim is our local similarity, a sum over the query's tokens: for captions, with the
 reductions sum and mean. Else the tokens of the shortlist come here.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 import retrieve
 from harness import engines, qdrant
-from harness.index import DTYPES, KINDS, Index
+from harness.index import DTYPES, KINDS, Index, check_values
 from losses import over_words
 from retrieve import Embeddings
-from sources.files import BadInput
+from sources.files import BadInput, explained
 
 REQUEST = 2**20  # numbers sent or fetched at once: about 12 MB of JSON, and a server takes 32
 WIDER = 4        # HNSW looks at this many times the shortlist, which raises its recall
@@ -117,6 +117,8 @@ def manifest_of(server: qdrant.Connection, kind: str) -> dict | None:
     manifest = server.ask("get_collection", kind).config.metadata
     if not isinstance(manifest, dict) or not KNOWN <= manifest.keys():
         raise BadInput(f"{server.address}: not an index of this program, or on a Qdrant older than 1.16")
+    with explained(server.address, "an index of this program"):
+        check_values(manifest)
     return manifest
 
 

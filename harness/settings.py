@@ -38,7 +38,7 @@ class Pictures:
                               "detector, resnet50 for the grid; clip uses --clip-model)"] = ""
     region_weights: Annotated[str, "its weights: a file, or a name such as COCO_V1 (none given: the best known)"] = ""
     boxes: Annotated[int, "regions a picture, of a detector or a grid", (1, 500)] = 36
-    picture_side: Annotated[int, "side of the network's input in pixels; 0: 800 detector, 384 grid", (0, 2048)] = 0
+    picture_side: Annotated[int, "side of the network's input in pixels; 0: 800 detector, 384 grid", (0, 1600)] = 0
     feature_dtype: Annotated[Literal["float32", "float16"], "how computed features are stored"] = "float16"
     skip_bad: Annotated[bool, "leave out pictures that cannot be read, and say how many they are"] = False
     cache: Annotated[str | None, "folder of what was computed from pictures (none given: DATA_ROOT/cache)"] = None

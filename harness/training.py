@@ -24,7 +24,6 @@ from transformers import BertTokenizer
 import data
 from harness import console, fetching, figures, folder, logs, models, pictures, ranks, report, torchrun
 from harness import settings as settings_
-from harness.console import Interrupt
 from harness.settings import Settings
 from sources.files import BadInput, check_folder, explained, locked, write_whole
 from user import MomentumContrast
@@ -60,7 +59,7 @@ class Run:
     def __post_init__(self):
         self.steps_per_epoch = len(self.plan(0))
         self.started = self.saved = time.perf_counter()
-        self.interrupt, self.optimizer = Interrupt(), None
+        self.interrupt, self.optimizer = console.Interrupt(), None
         self.bar = tqdm(total=self.settings.training.epochs * self.steps_per_epoch, unit="step", dynamic_ncols=True,
                         disable=self.quiet)
 
@@ -77,6 +76,8 @@ class Run:
                     setattr(self, name, self.last[name])
                 torch.set_rng_state(self.last["rng"])
                 self.started -= self.history[-1]["seconds"] if self.history else 0
+            except torch.OutOfMemoryError:
+                raise
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise BadInput(f"{self.out / 'checkpoint.pt'}: not a checkpoint of this model ({error})") from error
             if self.device.type == "cuda" and "cuda_rng" in self.last:
@@ -242,7 +243,7 @@ def main(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
 
 
 def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
-    settings = settings_.make(given)
+    settings = folder.resumed_settings(options.out, given) if options.resume and options.out else settings_.make(given)
     if options.print_settings:
         print(json.dumps(asdict(settings), indent=2))
         return 0
@@ -256,8 +257,7 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
         first, quiet = torchrun.number() == 0, options.quiet or torchrun.number() > 0
         if options.resume:
             settings = folder.resumed_settings(out, given)
-        elif first and any((out / name).exists() for name in ("settings.json", "checkpoint.pt", "best.pt",
-                                                             "tokenizer")):
+        elif first and any((out / name).exists() for name in folder.PARTS):
             raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
         try:
             with torchrun.first_alone():  # it fetches and computes; the others then find it done
@@ -274,7 +274,7 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
             if first and not options.resume and not folder.best_checkpoint(out).exists():  # nothing to go on from
                 (out / "settings.json").unlink(missing_ok=True)
                 shutil.rmtree(out / "tokenizer", ignore_errors=True)
-                if isinstance(error, ConnectionError):
+                if type(error) is ConnectionError:
                     raise BadInput("another process has ended before there was a checkpoint: start again") from error
             raise
         if not finished:
@@ -292,8 +292,8 @@ def train_guarded(train: Callable[[Run], bool], run: Run) -> bool:
     attention = sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" else nullcontext()
     with run.interrupt, run.bar, attention:
         try:
-            return train(run)
+            return train(run) and not run.interrupt.seen
         except OSError as error:
-            if error.errno in console.CLOSED:
+            if error.errno in console.CLOSED and not error.filename:
                 run.save()
             raise

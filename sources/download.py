@@ -31,7 +31,6 @@ def download(address: Address, path: Path, quiet: bool = False) -> None:
     Raises BadInput, with what to do, if that fails, and OSError if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = socket.getdefaulttimeout()
     try:
         if address.url.startswith(HUB):
             import huggingface_hub
@@ -42,14 +41,21 @@ def download(address: Address, path: Path, quiet: bool = False) -> None:
             huggingface_hub.hf_hub_download(repository, address.name, repo_type="dataset", revision=commit,
                                             local_dir=path.parent)
         else:
-            import torch
-
-            socket.setdefaulttimeout(60)  # torch.hub would wait for ever for a server that falls silent
-            torch.hub.download_url_to_file(address.url, str(path), progress=not quiet)
+            from_url(address.url, path, progress=not quiet)
     except Exception as error:  # the libraries raise many kinds
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         raise BadInput(reason(error, address.url)) from error
+
+
+def from_url(url: str, path: Path, **options) -> None:
+    """`torch.hub.download_url_to_file` with its options, but it gives up on a server that is silent for a minute."""
+    import torch
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)
+    try:
+        torch.hub.download_url_to_file(url, str(path), **options)
     finally:
         socket.setdefaulttimeout(before)
 

@@ -52,7 +52,7 @@ class Cache:
 
     @contextmanager
     def opened(self):
-        """Opens the store, when no other program is writing to it."""
+        """Lock the store and open it. If another program holds it, say so and wait."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{self.folder}.lock")
         try:
@@ -90,8 +90,9 @@ def check_same(wanted: dict, found: dict) -> None:
     different = [key for key in found if wanted.get(key) != found[key]] or ["kind"]
     wanted_is, found_is = (", ".join(f"{key} {str(network.get(key))[:60]}" for key in different)
                            for network in (wanted, found))
-    raise BadInput(f"the model was trained with the network {wanted.get('network', wanted['kind'])} ({wanted_is}), but "
-                   f"here is {found['network']} ({found_is})")
+    name = wanted.get("network", wanted.get("kind"))
+    raise BadInput(f"the model was trained with the network {name} ({wanted_is}), but here is {found['network']} "
+                   f"({found_is})")
 
 
 def fill(pictures: Sequence[Path | np.ndarray], root: Path, caches: dict[str, Cache],

@@ -165,8 +165,10 @@ def upright_size(picture: Path) -> tuple[int, int]:
 
 
 def check(values: np.ndarray, path: Path | str, where: str, source: Path | str | None = None) -> None:
-    """Raises BadInput for NaN, infinity and numbers beyond LARGEST. The first image of a source that has only zeros is
-    told on the error output."""
+    """Raises BadInput for NaN, infinity and numbers beyond LARGEST. path, where: for the message.
+
+    Warns once for each `source` if all values are zero.
+    """
     largest = np.abs(values).max()
     if not largest <= LARGEST:
         found = f"the number {largest:g}" if largest < np.inf else "NaN or infinity"

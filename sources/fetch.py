@@ -162,7 +162,10 @@ def read(dataset: str, root: Path, source: Dataset) -> list[Entry]:
 
 
 def checked(path: Path, counts: dict[str, int]) -> list[Entry]:
-    """Read Karpathy's JSON. Raises BadInput unless it has so many images in each split, each with five captions."""
+    """Read Karpathy's JSON.
+
+    Raises BadInput if a split has another number of images, or if an image has fewer than five captions.
+    """
     entries = annotations.read_karpathy(path)
     found = Counter(entry.split for entry in entries)
     if found != counts:
@@ -198,7 +201,7 @@ def is_there(root: Path, part: Part) -> bool:
 
 
 def announce(dataset: str, root: Path, parts: list[Part], free: int, quiet: bool) -> None:
-    """Say what will be fetched. Raises BadInput if the disk is too small for each archive beside its pictures."""
+    """Say what will be fetched, and how much disk that takes. Raises BadInput if less than that is free."""
     lines, unpacked, most = [f"{dataset} goes to {root}. To be fetched:"], 0, 0
     for part in parts:
         size = part.addresses[0].size

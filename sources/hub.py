@@ -29,17 +29,17 @@ def within_reach(address: str = "") -> bool:
     """
     if not address and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    to = urlsplit(address or endpoint())
-    proxies = {} if proxy_bypass(to.hostname or "") else getproxies()
-    proxy = proxies.get(to.scheme) or proxies.get("all")
-    at = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else to
     answers: list[bool] = []
 
     def connect() -> None:
         try:
+            to = urlsplit(address or endpoint())
+            proxies = {} if proxy_bypass(to.hostname or "") else getproxies()
+            proxy = proxies.get(to.scheme) or proxies.get("all")
+            at = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else to
             socket.create_connection((at.hostname, at.port or (80 if at.scheme == "http" else 443)), WAIT).close()
             answers.append(True)
-        except (OSError, ValueError):  # a port that is no number
+        except (OSError, ValueError):  # an address that is none
             pass
 
     knock = Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own

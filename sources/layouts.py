@@ -144,7 +144,7 @@ def read_captions(path: Path) -> list[str]:
     else:
         content = photos.read_file(path, "a file of captions")
     with explained(path, "a readable file"):  # splitlines() would also split at other characters than newlines
-        captions = [line.strip() for line in content.decode().removesuffix("\n").split("\n")]
+        captions = [line.strip() for line in content.decode("utf-8-sig").removesuffix("\n").split("\n")]
     if "" in captions:
         raise BadInput(f"{path}, line {captions.index('') + 1}: empty, expected a caption")
     return captions

@@ -15,6 +15,7 @@ All classes are used alike:
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +33,11 @@ from sources.weights import Classifier, fingerprint, load_classifier, load_detec
 
 def regions_network(kind: str, name: str, weights: str, count: int, side: int, clip: str,
                     device: torch.device | str) -> Detector | Grid | Patches | SceneWindows:
-    """The network of --regions KIND. If `name` is empty or `side` is 0, the kind's default is taken."""
+    """The network of --regions KIND. If `name` is empty or `side` is 0, the kind's default is taken.
+
+    weights: see `weights.find`. count: regions a picture (detector, grid). side: of the network's input, in pixels.
+    clip: name or folder of the CLIP. Raises BadInput if the network or its weights cannot be had.
+    """
     if kind == "detector":
         name = name or "fasterrcnn_resnet50_fpn_v2"
         return Detector(name, load_detector(name, weights), count, side or 800, device)
@@ -77,6 +82,7 @@ def as_clip_sees(picture: Image.Image, processor: CLIPImageProcessor) -> dict[st
 
 
 def as_tensor(picture: Image.Image) -> Tensor:
+    """A picture in RGB -> [3, H, W] uint8."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
@@ -167,7 +173,10 @@ def of_cells(features: Tensor, boxes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Grid:
-    """The last feature map of a classification network, pooled into `count` cells that cover the whole picture."""
+    """The last feature map of a classification network, pooled into `count` cells that cover the whole picture.
+
+    side: of the network's input, in pixels. Raises BadInput if `count` is not a square, or `side` is too small.
+    """
 
     def __init__(self, classifier: Classifier, count: int, side: int, device: torch.device | str = "cpu"):
         self.across = round(count**0.5)
@@ -178,7 +187,11 @@ class Grid:
         self.batch_size = 128 if self.device.type == "cuda" else 32
         self.last_map, self.normalised = classifier.last_map, Normalised(classifier.mean, classifier.std, device)
         self.boxes, self.prepare = cells(self.across), partial(squashed, side=side)
-        self.dim = self.features(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[2]
+        try:
+            self.dim = self.features(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[2]
+        except RuntimeError as error:
+            raise BadInput(f"--picture-side {side}: {classifier.name} cannot look at such a picture "
+                           f"({str(error).splitlines()[0]})") from error
         self.identity = {"kind": "grid", "network": classifier.name, "weights": fingerprint(self.net), "side": side,
                          "regions": count, "dim": self.dim}
 
@@ -241,11 +254,13 @@ class Clip:
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         options = hub.options(name)
+        cannot_load = partial(
+            hub.cannot_load, "CLIP", name, "config.json, preprocessor_config.json and pytorch_model.bin or "
+            "model.safetensors", "--clip-model", options["local_files_only"])
         try:
             clip, report = CLIPModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            files = "config.json, preprocessor_config.json and pytorch_model.bin or model.safetensors"
-            raise hub.cannot_load("CLIP", name, files, "--clip-model", options["local_files_only"], error) from error
+        except Exception as error:  # transformers raises many kinds for a folder that is missing or damaged
+            raise cannot_load(error) from error
         missing = sorted(key for key in report["missing_keys"] if key.startswith("vis"))
         if missing:  # transformers would fill them with random numbers
             raise BadInput(f"the CLIP {name!r} of --clip-model has no {missing[0]} (and {len(missing) - 1} more)")
@@ -254,8 +269,11 @@ class Clip:
         frame = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
         try:
             self.processor = CLIPImageProcessor.from_pretrained(name, **options, **frame)
-        except OSError:  # there is no preprocessor_config.json, but all CLIPs prepare pictures alike
-            self.processor = CLIPImageProcessor(**frame)
+            as_clip_sees(Image.new("RGB", (side, side)), self.processor)  # fails if its numbers make no sense
+        except Exception as error:
+            if not isinstance(error, OSError) or (Path(name) / "preprocessor_config.json").is_file():
+                raise cannot_load(error) from error
+            self.processor = CLIPImageProcessor(**frame)  # there is none, but all CLIPs prepare pictures alike
         self.name, self.dim, self.device = name, self.project.out_features, torch.device(device)
         self.layers = {key: getattr(self.vision.config, key)  # what the shapes of the weights do not tell
                        for key in ("hidden_act", "layer_norm_eps", "num_attention_heads")}

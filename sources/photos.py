@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from sources.files import BadInput, explained
 
 FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset", "train2014", "val2014")
-ENOUGH = 1600  # pixels of a side: twice what any network here looks at
+ENOUGH = 1600  # pixels of a side: the most that --picture-side may be, and twice the detector's default
 MOST_PIXELS, MOST_BYTES = 100_000_000, 1_000_000_000  # of one picture
 NO_PICTURES = {".eps", ".h5", ".hdf", ".mpeg", ".mpg", ".palm", ".pdf", ".ps"}  # Pillow lists them too
 TURN = Image.Transpose
@@ -47,7 +47,8 @@ def read(source: Path | np.ndarray, content: bytes | None = None) -> Image.Image
     """A picture, upright and in RGB, from a file or from pixels [H, W, 3] uint8.
 
     The picture is turned as its EXIF data say. Transparency becomes white, 16 bits become 8, CMYK and grey become RGB.
-    A JPEG whose sides are at least twice `ENOUGH` is halved while it is decoded, which saves most of the time.
+    A JPEG whose sides are at least 2, 4 or 8 times `ENOUGH` is shrunk by that factor while it is decoded, which saves
+    most of the time.
     content: the bytes of the file, if they have been read already. Raises BadInput, naming the file, if it is not a
     picture, is cut short, or has more than `MOST_PIXELS` after that.
     """

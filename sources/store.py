@@ -77,7 +77,7 @@ class Store:
         """Adds to a BadInput inside the block which folder to delete."""
         try:
             yield
-        except (BadInput, RecursionError) as error:
+        except BadInput as error:
             raise BadInput(f"{error}; delete the folder {self.folder}, it is a cache") from None
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from sources import hub
+from sources import download, hub
 from sources.files import BadInput, read_weights
 
 
@@ -37,7 +37,7 @@ def load_classifier(name: str, weights: str) -> Classifier:
     file = find(name, weights, torchvision.models, "a classification network of torchvision, such as resnet50")
     state = state_dict(name, file)
     biases = [value for key, value in state.items() if key.endswith("bias")]
-    net = torchvision.models.get_model(name, weights=None, num_classes=len(biases[-1]) if biases else 1000)
+    net = torchvision.models.get_model(name, weights=None, num_classes=biases[-1].numel() if biases else 1000)
     if not hasattr(net, "avgpool"):
         raise BadInput(f"--region-network {name}: its last feature map is not known here. Take a network whose pooling "
                        "is called avgpool, such as resnet50, efficientnet_b0, convnext_tiny or regnet_y_400mf")
@@ -49,6 +49,7 @@ def load_classifier(name: str, weights: str) -> Classifier:
 
 
 def input_of_avgpool(net: nn.Module, pixels: Tensor) -> Tensor:
+    """pixels [B, 3, S, S] -> the feature map [B, F, h, w] that the network's `avgpool` is given."""
     maps = []
     hook = net.avgpool.register_forward_pre_hook(lambda module, given: maps.append(given[0]))
     try:
@@ -79,7 +80,7 @@ def load_detector(name: str, weights: str) -> nn.Module:
     if classes is None:
         raise BadInput(f"--region-network {name}: its weights have no box predictor, expected a two-stage detector, "
                        "such as fasterrcnn_resnet50_fpn_v2")
-    net = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=len(classes))
+    net = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes.shape[:1].numel())
     fill(net, state, name, file)
     return net
 
@@ -106,7 +107,7 @@ def find(name: str, weights: str, models: ModuleType, expected: str) -> Path:
             raise OSError("no network")
         place.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {chosen.url} to {place}", file=sys.stderr)
-        torch.hub.download_url_to_file(chosen.url, str(place), hash_prefix=place.stem.rsplit("-", 1)[1])
+        download.from_url(chosen.url, place, hash_prefix=place.stem.rsplit("-", 1)[1])
         return place
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{place}: the weights of {name} are not there and cannot be downloaded ({error}). Download "
@@ -117,7 +118,8 @@ def find(name: str, weights: str, models: ModuleType, expected: str) -> Path:
 def state_dict(name: str, file: Path) -> dict[str, Tensor]:
     """The weights in a file, of which no code is run. Raises BadInput if it is not a dictionary of tensors."""
     state = read_weights(file, f"a state dict of {name}")
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise BadInput(f"{file}: expected a state dict of {name}, a dictionary of tensors")
     return state
 

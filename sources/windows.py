@@ -45,7 +45,10 @@ def integral(maps: np.ndarray) -> np.ndarray:
 
 
 def sums(table: np.ndarray, boxes: np.ndarray, parts: int = 1) -> np.ndarray:
-    """Sums over the parts x parts cells of each box: boxes [n or 1, K, 4] -> [n, K, parts, parts, channels]."""
+    """Sums over the parts x parts cells of each box: boxes [n or 1, K, 4] -> [n, K, parts, parts, channels].
+
+    table: from `integral`. boxes: in whole pixels of the halved picture.
+    """
     low, high = boxes[..., None, :2], boxes[..., None, 2:]
     x, y = np.moveaxis(low + (high - low) * np.arange(parts + 1)[:, None] // parts, -1, 0)
     picture = np.arange(len(table))[:, None, None, None]

@@ -37,6 +37,8 @@ def test_a_server_that_answers_is_within_reach(monkeypatch):
     failed = []
     monkeypatch.setattr(threading, "excepthook", failed.append)
     assert not hub.within_reach() and not failed  # this port is no number
+    monkeypatch.setenv("HF_ENDPOINT", "https://[hub")
+    assert not hub.within_reach() and not failed
 
 
 @pytest.mark.parametrize("written", ["http://127.0.0.1:{}", "127.0.0.1:{}"])

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import socket
 import sys
 import urllib.error
 import urllib.response
@@ -265,6 +266,7 @@ def test_weights_are_downloaded_once_and_only_whole(weights, tmp_path, monkeypat
 
     def served(request):
         asked.append(request.full_url)
+        assert socket.getdefaulttimeout() == 60  # a server that falls silent is not waited for
         return urllib.response.addinfourl(io.BytesIO(content), email.message.Message(), request.full_url)
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -280,7 +282,8 @@ def test_weights_are_downloaded_once_and_only_whole(weights, tmp_path, monkeypat
 
 def test_networks_and_weights_that_do_not_fit_are_refused(weights, tmp_path):
     (tmp_path / "text.pth").write_text("hello")
-    torch.save([1], tmp_path / "list.pth")
+    for name, odd in (("list", [1]), ("number", {0: torch.zeros(1)}), ("scalar", {"x.bias": torch.tensor(1.0)})):
+        torch.save(odd, tmp_path / f"{name}.pth")
     for load, name, file, told in (
         (load_detector, "resnet18", weights["resnet18"], "--region-network resnet18: expected a detection"),
         (load_detector, "retinanet_resnet50_fpn", weights["resnet18"], "two-stage"),
@@ -291,6 +294,8 @@ def test_networks_and_weights_that_do_not_fit_are_refused(weights, tmp_path):
         (load_classifier, "resnet18", "COCO_V9", "--region-weights COCO_V9: neither a file nor one of IMAGENET1K"),
         (load_classifier, "resnet18", str(tmp_path / "text.pth"), "text.pth: expected a state dict"),
         (load_classifier, "resnet18", str(tmp_path / "list.pth"), "list.pth: expected a state dict"),
+        (load_classifier, "resnet18", str(tmp_path / "number.pth"), "number.pth: expected a state dict"),
+        (load_classifier, "resnet18", str(tmp_path / "scalar.pth"), "scalar.pth: not the weights of resnet18"),
     ):
         with pytest.raises(BadInput) as error:
             load(name, file)
@@ -327,6 +332,8 @@ def test_a_network_of_your_own_gives_a_grid():
     quarter = prepared["pixels"][0, :, :8, 8:].float().mean((1, 2)) / 255
     assert network.dim == 3 and np.allclose(network.look(prepared)["regions"][0, 1], quarter, atol=1e-5)
     assert network.identity["network"] == "mine"
+    with pytest.raises(BadInput, match="--picture-side 2: mine cannot look at such a picture"):
+        networks.Grid(own, 4, 2)
 
 
 def test_a_folder_without_a_processor_prepares_pictures_as_clip_does(clips, tmp_path):
@@ -335,6 +342,17 @@ def test_a_folder_without_a_processor_prepares_pictures_as_clip_does(clips, tmp_
     bare, images = networks.Clip(str(folder)), pictures((30, 20))
     assert np.allclose(bare.look(batch(bare, images))["clip"], clips[0].look(batch(clips[0], images))["clip"],
                        atol=1e-6)
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("model.safetensors", b""), ("config.json", b"[]"), ("preprocessor_config.json", b"{"),
+    ("preprocessor_config.json", b"[]"), ("preprocessor_config.json", b'{"image_mean": "abc"}')])
+def test_a_damaged_clip_is_refused_in_one_line(tmp_path, file, content):
+    folder = save_clip(tmp_path / "clip")
+    (folder / file).write_bytes(content)
+    with pytest.raises(BadInput, match="--clip-model .*: cannot load the CLIP: expected a folder with") as error:
+        networks.Clip(str(folder))
+    assert "\n" not in str(error.value)
 
 
 def test_no_clip_ends_in_one_clear_line(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
             fine = 10 * ours.get("local", 0)
             assert ours["score"] == pytest.approx(ours["global"] + fine, abs=1e-4)
     captions = tmp_path / "captions.txt"
-    captions.write_text("a red dog\na small ball\n")
+    captions.write_text("\ufeffa red dog\na small ball\n")  # Windows begins a file with such a mark
     monkeypatch.setattr(command_line, "QUERIES", 1)
     assert retrieve.main(["search", out, "--queries", str(captions), "--json", "--top", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,8 +116,6 @@ def test_half_precision(sides, address):
                                   (opened.texts, half["text"], sides["image"])):
         _, scores, _ = corpus.search(queries, 7, 10.0, "sum")
         assert torch.allclose(scores, retrieve.search(queries, ours, 7, 10.0)[1], atol=0.05)
-    with pytest.raises(BadInput, match="bfloat16: Qdrant holds float32 and float16"):
-        pushed(address, sides, dtype="bfloat16")
 
 
 def test_a_model_without_fine_tokens(sides, address):
@@ -335,6 +334,31 @@ def test_a_malformed_address_is_refused(address, capsys):
     assert "expected qdrant://HOST:PORT/NAME" in said and "me:key" not in said
 
 
+def test_an_address_of_version_6(capsys):
+    assert retrieve.main(["search", "qdrant://[::1]:9/photos", "a dog"]) == 2  # nobody listens there
+    assert "no Qdrant answers there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"dim": "8"}, {"counts": {}}, {"dtype": "float99"}], ids=str)
+def test_a_manifest_with_values_of_another_kind_is_refused(sides, monkeypatch, tmp_path, change):
+    where = an_engine("memory", tmp_path, monkeypatch)
+    pushed(where, sides)
+    of, server = served.manifest_of(qdrant.connect(where), "image"), qdrant.connect(where)
+    monkeypatch.setattr(server.client, "get_collection", lambda name: SimpleNamespace(
+        config=SimpleNamespace(metadata=of | change)))
+    with pytest.raises(BadInput, match="expected an index of this program"):
+        served.load(where)
+
+
+def test_a_graph_that_cannot_be_built_is_not_waited_for(sides, monkeypatch, tmp_path):
+    where = an_engine("memory", tmp_path, monkeypatch)
+    pushed(where, sides)
+    monkeypatch.setattr(push, "PAUSE", 0)
+    monkeypatch.setattr(qdrant.connect(where).client, "get_collection", lambda name: SimpleNamespace(status="red"))
+    with pytest.raises(BadInput, match="could not build the graph"):
+        push.recall(qdrant.connect(where), "image", 3)
+
+
 def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
     assert retrieve.main(["search", "qdrant://host/a", "a dog"]) == 2
@@ -349,6 +373,8 @@ def test_the_commands(flags, server, undrawn, tmp_path, capsys, monkeypatch, mod
     run, disk = str(tmp_path / "run"), str(tmp_path / "index")
     assert train.main([*flags, "--model", model, "--epochs", "1"]) == 0
     places = [disk, server.address, *([f"qdrant:{tmp_path / 'served'}"] if find_spec("qdrant_edge") else [])]
+    assert retrieve.main(["index", run, "--out", server.address, "--dtype", "bfloat16"]) == 2
+    assert "bfloat16: Qdrant holds float32 and float16" in capsys.readouterr().err
     for place in places:
         assert retrieve.main(["index", run, "--out", place, "--dtype", "float32"]) == 0
     for query in (["a red dog"], ["--image", "2"]):

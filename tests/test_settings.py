@@ -279,6 +279,13 @@ def test_lengths_of_shortlists_are_whole_numbers(text):
         flags.lengths(text)
 
 
+@pytest.mark.parametrize("text", ["0", "11", "-1", "1.5", "", "\u0663", "9" * 5000], ids=lambda text: text[:5])
+def test_a_whole_number_has_a_range(text):
+    assert flags.whole(1, 10)("10") == 10
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number from 1 to 10"):
+        flags.whole(1, 10)(text)
+
+
 def test_the_command_line_in_parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert").mkdir()

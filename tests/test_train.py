@@ -18,8 +18,8 @@ import retrieve
 import tgdt
 import train
 import user
+from harness import console, folder, models, report, settings, training
 from harness import flags as cli
-from harness import folder, models, report, settings, training
 from sources import files
 
 ROOT = Path(__file__).parent.parent
@@ -254,14 +254,14 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), training.Interrupt() as interrupt:
+    with pytest.raises(KeyboardInterrupt), console.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.seen
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_closed_terminal_is_noted_like_ctrl_c():
-    with training.Interrupt() as interrupt:
+    with console.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.seen
 

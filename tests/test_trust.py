@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from filelock import FileLock
 import losses
 import retrieve
 import train
-from harness import console, fetching, folder, pictures, report, search, training
+from harness import console, fetching, folder, pictures, report, search, start, training
 from sources import files
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +63,12 @@ def test_two_trainings_do_not_share_a_folder(flags, tmp_path, capsys):
         refused(train.main, flags, capsys, "another program is writing there")
         refused(train.main, [*flags, "--resume"], capsys, "another program is writing there")
     assert train.main([*flags, "--epochs", "1"]) == 0 and not (out / ".lock").exists()
+
+
+def test_flags_beside_resume_are_compared_with_the_run_and_not_with_the_defaults(run, capsys):
+    """A batch of 4 is the run's own, but too small for the three captions an image of the default preset."""
+    assert train.main(resume(run, "--batch-size", "4", "--epochs", "1", "--quiet")) == 0
+    refused(train.main, resume(run, "--batch-size", "8"), capsys, "--batch-size 4, not 8")
 
 
 def test_a_run_without_its_last_checkpoint_is_not_started_over(run, capsys):
@@ -272,7 +278,10 @@ def test_a_run_without_its_best_weights_is_not_searched_with_others(run, capsys)
     assert train.main(resume(run, "--epochs", "2")) == 0 and (run / "best.pt").is_file()
 
 
-@pytest.mark.parametrize("change", [{"seen": 3}, {"seen": {}}, {"bert": 3}, {"bert": {"hidden_size": "x"}},
+@pytest.mark.parametrize("change", [{"seen": 3}, {"seen": {}},
+                                    {"seen": {"regions": {"kind": "../out", "regions": 3, "dim": 4}, "clip": None}},
+                                    {"seen": {"regions": {"kind": "grid"}, "clip": None}}, {"bert": 3},
+                                    {"bert": {"hidden_size": "x"}},
                                     {"model": {}}, {"settings": {"run": 3}}, {"epoch": "1"}, {"feature_dim": 7},
                                     {"feature_dim": 1.5}], ids=str)
 def test_a_checkpoint_of_another_shape_is_reported(run, change, capsys):
@@ -287,6 +296,17 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(run, change, capsys):
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     torch.save(state | change, run / "checkpoint.pt")
     refused(train.main, resume(run, "--epochs", "2"), capsys, str(run))
+
+
+def test_too_little_memory_is_not_the_checkpoint_s_fault(run):
+    resumed = training.set_up(folder.resumed_settings(run, {}), run, "cpu", resume=True)
+
+    class Full:
+        def load_state_dict(self, state):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        resumed.restore(Full())
 
 
 def test_a_checkpoint_decides_the_shape_of_its_bert_and_nothing_else(run):
@@ -475,10 +495,44 @@ def test_ctrl_c_is_heard_again_when_the_command_begins():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_program_in_the_background_of_a_script_goes_on_ignoring_ctrl_c(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["retrieve.py", "evaluate", "run"])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        start.first_look("retrieve")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_the_last_epoch_is_measured_is_heard():
+    run = SimpleNamespace(interrupt=console.Interrupt(), bar=nullcontext(), device=torch.device("cpu"))
+
+    def train_to_the_end(run) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return True
+
+    assert not training.train_guarded(train_to_the_end, run)
+
+
+def test_without_an_output_the_command_runs_all_the_same():
+    shell = f"{sys.executable} train.py --print-settings >&-; echo $? >&2"
+    said = subprocess.run(["sh", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert said.stderr == "0\n"
+
+
+def test_a_disk_that_fails_is_no_closed_terminal(capsys):
+    def fails():
+        raise OSError(errno.EIO, "Input/output error", "/disk/checkpoint.pt")
+
+    assert console.run_command(fails) == 2
+    assert capsys.readouterr().err == "error: /disk/checkpoint.pt: Input/output error\n"
+
+
 def test_what_nohup_ignores_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with training.Interrupt() as interrupt:
+        with console.Interrupt() as interrupt:
             signal.raise_signal(signal.SIGHUP)
             assert not interrupt.seen
             signal.raise_signal(signal.SIGTERM)
