@@ -456,6 +456,9 @@ UNIFIED = {  # the unified model beside its parents, and its parts
     "its coarse level, or that of USER with InfoNCE and a teacher": (
         "unified, averaged: global", "user, no guide, averaged, InfoNCE, distilled"),
     "re-ranked, or its coarse level alone": ("unified, averaged", "unified, averaged: global"),
+    "GPO over the tokens, or their mean": ("unified, averaged", "unified, averaged, mean pooling"),
+    "its coarse level by GPO, or by the mean": ("unified, averaged: global", "unified, averaged, mean pooling: global"),
+    "averaged at a constant rate, or the model at a falling one": ("unified, averaged", "unified, --keep model"),
     "the momentum copy teaches, or not": ("unified, averaged", UNTAUGHT),
     "the momentum copy teaches, or not; USER with InfoNCE": (
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE"),

@@ -15,7 +15,7 @@ from sources.files import BadInput
 
 def first_look(given: dict, options: Namespace) -> int:
     """Raises BadInput if pictures or captions are missing and no address that has them can be reached. Returns 0."""
-    if options.resume:  # the flags mean changes of that run, and not of the defaults
+    if options.resume:  # nothing is fetched, and the flags are compared with that run's settings
         return 0
     settings = settings_.make(given)
     dataset, root = settings.run.dataset, data_root(settings)

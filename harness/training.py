@@ -63,8 +63,6 @@ class Run:
         self.bar = tqdm(total=self.settings.training.epochs * self.steps_per_epoch, unit="step", dynamic_ncols=True,
                         disable=self.quiet)
 
-    # ------------------------------------------------------------------------------------------ what the loop calls
-
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the optimizer in, and go back to where the last checkpoint was, if there is one."""
         self.optimizer = optimizer
@@ -243,7 +241,9 @@ def main(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
 
 
 def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
-    settings = folder.resumed_settings(options.out, given) if options.resume and options.out else settings_.make(given)
+    # With --resume, the run's own settings count. Until they are read, only its folder has to be known.
+    named = ("dataset", "model") if options.resume and not (options.print_settings or options.fetch_only) else given
+    settings = settings_.make({name: given[name] for name in named})
     if options.print_settings:
         print(json.dumps(asdict(settings), indent=2))
         return 0
