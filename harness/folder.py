@@ -54,9 +54,10 @@ def read_checkpoint(path: Path) -> dict:
         raise BadInput(f"{path}: not a checkpoint of this program, which has {', '.join(sorted(CHECKPOINT))}")
     with explained(path, "a checkpoint that says what computed its regions"):
         regions, clip = checkpoint["seen"]["regions"], checkpoint["seen"]["clip"]
+        known = regions["kind"] in KINDS and (not clip or clip["kind"] == "clip-guide")  # these become names of folders
         sizes = [] if regions["kind"] == "files" else [regions["regions"], regions["dim"]]
-        if (regions["kind"] not in KINDS or clip and clip["kind"] != "clip-guide"  # these become names of folders
-                or not all(isinstance(size, int) and size > 0 for size in sizes + ([clip["dim"]] if clip else []))):
+        sizes += [clip["dim"]] if clip else []
+        if not known or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"found {regions} and {clip}")
     return checkpoint
 

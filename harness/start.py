@@ -9,7 +9,7 @@ def first_look(program: str) -> None:
     From now on Ctrl-C ends it too, without a traceback out of an import, until `console.run_command` takes over.
     program: "train" or "retrieve".
     """
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script's program in the background is not meant
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell script's program in the background ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from harness import flags
 

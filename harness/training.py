@@ -274,7 +274,7 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
             if first and not options.resume and not folder.best_checkpoint(out).exists():  # nothing to go on from
                 (out / "settings.json").unlink(missing_ok=True)
                 shutil.rmtree(out / "tokenizer", ignore_errors=True)
-                if type(error) is ConnectionError:
+                if type(error) is ConnectionError:  # of torchrun; its subclass BrokenPipeError is about our output
                     raise BadInput("another process has ended before there was a checkpoint: start again") from error
             raise
         if not finished:
