@@ -82,6 +82,11 @@ def load_detector(name: str, weights: str) -> nn.Module:
                        "such as fasterrcnn_resnet50_fpn_v2")
     net = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes.shape[:1].numel())
     fill(net, state, name, file)
+    published = torchvision.models.get_model_weights(name)
+    if name.endswith("rcnn_resnet50_fpn") and file.name == Path(published.COCO_V1.url).name:
+        for module in net.modules():  # torchvision's first published detectors have BatchNorms without an epsilon
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = 0.0
     return net
 
 
