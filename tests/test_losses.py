@@ -70,8 +70,11 @@ def test_false_negatives_are_masked():
     similarity = torch.tensor([[0.5, 0.9, 0.0], [0.9, 0.5, 0.0], [0.0, 0.0, 0.5]])
     same_image = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     assert losses.hinge(similarity).item() == pytest.approx(4 * 0.6)
-    assert losses.hinge(similarity, positives=same_image).item() == 0
-    assert losses.hinge(similarity, positives=same_image, negatives="mean").item() == 0
+    without_diagonal = same_image & ~torch.eye(3, dtype=torch.bool)  # which is true in any case
+    for positives in (same_image, without_diagonal):
+        assert losses.hinge(similarity, positives=positives).item() == 0
+        assert losses.hinge(similarity, positives=positives, negatives="mean").item() == 0
+    assert losses.hinge(similarity[:2, :2], positives=same_image[:2, :2], negatives="mean") == 0  # without a negative
 
 
 def test_a_loss_refuses_a_matrix_that_is_not_square_and_an_unknown_word():
@@ -90,7 +93,7 @@ def test_cmc_of_half_precision_is_computed_in_float32(dtype):
     similarity = torch.linspace(-1, 1, 16).to(dtype).repeat(250)[:, None] + torch.zeros(4000, dtype=dtype)
     assert losses.hinge(similarity, margin=20.0) == losses.hinge(similarity.float(), margin=20.0) > 65504
     images, texts = (F.normalize(torch.randn(50, 8), dim=1).to(dtype) for _ in range(2))
-    assert losses.cmc(images, texts).dtype == torch.float32
+    assert losses.cmc(images, texts).dtype == losses.intra_consistency(images, texts).dtype == torch.float32
 
 
 def test_intra_consistency_by_hand():
@@ -119,6 +122,7 @@ def test_local_similarity_equals_three_loops():
             assert local[i, c].item() == pytest.approx(sum(best), abs=1e-12)
     mean = losses.local_similarity(regions, region_mask, words, real_words, reduction="mean")
     assert torch.allclose(mean, local / torch.tensor([6, 1, 4, 3]))
+    assert losses.local_similarity(regions, region_mask, words, real_words & False, "mean").abs().max() == 0
 
 
 def test_padding_changes_nothing_even_where_all_similarities_are_negative():
@@ -338,10 +342,11 @@ def test_the_loss_of_each_model_knows_which_captions_share_an_image():
     """Three captions, two images: each loss equals its parts on matrices with one row per caption."""
     images, texts, row = encoded(2, 4, seed=0), encoded(3, 5, seed=7), torch.tensor([1, 0, 1])
     positives = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
-    local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, "mean")[row]
+    local, total = (losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)[row]
+                    for reduction in ("mean", "sum"))
     coarse = images.globals[row]
-    tgdt_loss = losses.cmc(coarse, texts.globals, local, positives, 0.4, 0.05, 3.0, "mean")
-    given = {"margin": 0.4, "intra_margin": 0.05, "local_weight": 3.0, "reduction": "mean"}
+    tgdt_loss = losses.cmc(coarse, texts.globals, total, positives, 0.4, 0.05, 3.0, "mean")
+    given = {"margin": 0.4, "intra_margin": 0.05, "local_weight": 3.0, "reduction": "sum"}
     assert losses.tgdt_loss(images, texts, row, **given, negatives="mean") == tgdt_loss
 
     key, queue, nothing = random_tokens(3, 6, seed=9), random_tokens(4, 6, seed=10), torch.zeros(3, 4, dtype=torch.bool)
@@ -351,10 +356,11 @@ def test_the_loss_of_each_model_knows_which_captions_share_an_image():
     alone = losses.user_loss(images, texts, row, batch_weight=3.0)
     assert alone == 3 * losses.uto_batch(coarse @ texts.globals.T, positives=positives)
 
-    coarse_nce, fine_nce = (losses.info_nce(level, 0.1, positives) for level in (coarse @ texts.globals.T, local))
+    coarse_nce, fine_nce, total_nce = (losses.info_nce(level, 0.1, positives)
+                                       for level in (coarse @ texts.globals.T, local, total))
     nce = {"infonce_weight": 2.0, "temperature": 0.1}
     assert torch.isclose(losses.tgdt_loss(images, texts, row, **given, negatives="mean", **nce),
-                         tgdt_loss + 2 * 3 * (coarse_nce + fine_nce), rtol=1e-12)
+                         tgdt_loss + 2 * 3 * (coarse_nce + total_nce), rtol=1e-12)
     coarse_alone = [side._replace(tokens=None) for side in (images, texts)]  # what USER encodes
     assert torch.isclose(losses.user_loss(*coarse_alone, row, keys, mu=8.0, **nce), user_loss + 2 * coarse_nce,
                          rtol=1e-12)

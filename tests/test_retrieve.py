@@ -194,6 +194,18 @@ def test_the_whole_shortlist_is_the_exhaustive_mixed_similarity(corpus, reductio
     assert result["two_stage"] == result["mixed"] == retrieve.recall(dots + 0.7 * local, image_of)
 
 
+def test_each_direction_is_searched_by_the_engine_given_and_with_its_own_length(corpus):
+    asked = []
+
+    def engine(queries: Embeddings, found: Embeddings, length: int, *rest: object) -> tuple:
+        asked.append((queries.kind, length))
+        return retrieve.search(queries, found, length, *rest)
+
+    for lengths in ((), ((4, 3),)):
+        retrieve.evaluate(*corpus, torch.arange(31) % 12, *lengths, find=engine)
+    assert asked == [("image", 50), ("text", 100), ("image", 4), ("text", 3)]
+
+
 def test_ranks_by_hand():
     #                        captions of image 0, 0, 1, 1
     similarity = torch.tensor([[0.1, 0.7, 0.9, 0.2],   # image 0: its best caption is second

@@ -79,6 +79,8 @@ OTHER_NAMES = {"length": "queue", "weight": "local_weight", "shortlist": "images
 
 @pytest.mark.parametrize("function, other_names", [
     (losses.cmc, {}), (losses.tgdt_loss, {}), (losses.uto, {}), (losses.user_loss, {}), (losses.info_nce, {}),
+    (losses.hinge, {}), (losses.intra_consistency, {"margin": "intra_margin"}), (losses.uto_batch, {}),
+    (losses.uto_queue, {}),
     (tgdt.TGDT, {}), (user.USER, {}), (unified.Unified, {}), (user.SelfGuidedEnhancement, {"dropout": "guide_dropout"}),
     (user.CLIPGuidedEnhancement, {}), (user.MomentumContrast, {}), (retrieve.search, {}),
 ], ids=lambda value: getattr(value, "__name__", ""))

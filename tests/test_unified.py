@@ -65,6 +65,28 @@ def test_untrained_the_fine_level_changes_nothing():
 
 
 @torch.inference_mode()
+def test_the_fine_level_equals_its_definition_layer_by_layer():
+    """Regions with their boxes, and captions with [CLS] and [SEP]. Pre-norm, with ReLU; read row by row."""
+    def by_hand(layers: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        for layer in layers.layers:
+            normed = layer.norm1(tokens)
+            tokens = tokens + layer.self_attn(normed, normed, normed)[0]
+            tokens = tokens + layer.linear2(layer.linear1(layer.norm2(tokens)).relu())
+        return F.normalize(tokens, dim=-1)
+
+    model, batch = make_model(), boxed()
+    (regions, region_mask), (words, word_mask) = model.region_tokens(batch), model.word_tokens(batch)
+    images, texts = encoded(model, batch)
+    for row in range(3):
+        real, x1, y1, x2, y2 = region_mask[row], *batch["boxes"][row].T
+        geometry = torch.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1)], 1)
+        placed = (regions[row] + model.geometry(geometry))[real][None]
+        assert torch.allclose(images.tokens[row][real], by_hand(model.fine_regions, placed)[0], atol=1e-5)
+        fine = by_hand(model.fine_words, words[row][word_mask[row]][None])[0, 1:-1]
+        assert torch.allclose(texts.tokens[row][texts.mask[row]], fine, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_padding_and_the_other_rows_change_nothing():
     model, batch = make_model(), boxed()
     wider = boxed(regions=7, words=12)

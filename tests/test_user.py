@@ -93,10 +93,27 @@ def test_sge_equals_its_definition_region_by_region():
 
 
 def test_sge_drops_out_what_it_reads_of_the_regions_and_of_the_picture():
-    sge, seen = user.SelfGuidedEnhancement(4), []
-    sge.dropout.register_forward_hook(lambda layer, given, dropped: seen.append(given[0].shape))
-    sge.guide(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
-    assert seen == [(2, 3, 4), (2, 4)]
+    """Both behind the tanh. A dropout that halves all it is given makes the scores a quarter of what they were."""
+    sge, batch, scores = make_model().guide.eval(), make_batch(), []
+    sge.score.register_forward_hook(lambda layer, given, score: scores.append(score))
+    for dropout in (torch.nn.Identity(), Half()):
+        sge.dropout = dropout
+        sge.guide(batch["regions"], batch["region_mask"])
+    assert torch.allclose(scores[0], 4 * scores[1], atol=1e-6)
+
+
+class Half(torch.nn.Module):
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return given / 2
+
+
+def test_the_layers_that_the_released_code_starts_by_xavier_start_so_here():
+    """Uniform up to sqrt(6 / (inputs + outputs)), without a bias. PyTorch's own start ends at 1 / sqrt(inputs)."""
+    sge = user.SelfGuidedEnhancement(40)
+    model = user.USER(BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False), 40, 60)
+    for linear in (sge.local, sge.picture, sge.score, model.project):
+        bound = (6 / sum(linear.weight.shape)) ** 0.5
+        assert 0.8 * bound < linear.weight.abs().max() <= bound and linear.bias.abs().max() == 0
 
 
 def test_statistics_are_of_the_real_regions_only():
@@ -228,6 +245,8 @@ def test_a_queue_holds_the_newest_keys_over_several_laps(length, batches):
     for size in batches:
         numbers = torch.arange(number, number + size)
         number += size
+        stored, queue = queue.state_dict(), user.Queue(length, 2)  # as after --resume
+        queue.load_state_dict(stored)
         queue.add(torch.stack([numbers.float(), -numbers.float()], 1), numbers + 100)
         twin = (twin + numbers.tolist())[-length:]
         filled = queue.owner >= 0
