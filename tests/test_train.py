@@ -192,6 +192,23 @@ def test_a_frozen_text_encoder_keeps_its_weights(flags, tmp_path):
     assert not any(weight.requires_grad for weight in encoder.parameters())
 
 
+def test_the_first_step_of_the_optimizer_by_hand(bert):
+    """AdamW: decay first, then a step as long as the rate, whatever the gradient's length. BERT's rate is its own."""
+    chosen = settings.make({"dataset": "flickr8k", "model": "user", "text_encoder": str(bert), "text_layers": 1,
+                            "dim": 8, "guide": "none", "lr": 0.1, "text_lr": 0.2, "weight_decay": 0.5})
+    model = models.build(chosen, models.text_encoder(chosen)[0], 6)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizer = train.make_optimizer(model, chosen.training)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"]
+    for weight in model.parameters():
+        weight.grad = torch.full_like(weight, 3.0)
+    optimizer.step()
+    for name, weight in model.named_parameters():
+        rate = 0.02 if name.startswith("bert.") else 0.1
+        assert torch.allclose(weight, before[name] * (1 - rate * 0.5) - rate, atol=1e-6), name
+
+
 def test_the_momentum_copy_follows_as_the_settings_say(flags, tmp_path):
     given, _ = cli.parse([*flags, "--model", "user", "--momentum", "0.75", "--queue", "8"])
     found = training.set_up(settings.make(given), tmp_path / "run", "cpu").momentum
