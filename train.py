@@ -162,7 +162,7 @@ def learning_rate(step: int, steps_per_epoch: int, training) -> float:
         return 0.1 ** (step // steps_per_epoch // training.drop_every)
     if training.schedule == "constant":
         return 1.0
-    return (total - step) / max(1, total - warmup)
+    return (total - step) / (total - warmup)
 
 
 # ------------------------------------------------------------------------------------------------------ the loop

@@ -73,14 +73,14 @@ def undrawn(monkeypatch) -> None:
     draw_nothing(monkeypatch)
 
 
-def save_clip(folder: Path, seed: int = 0, size: int = 16) -> Path:
-    """A whole CLIP of random weights, as huggingface.co has them: its text half is to be left alone."""
+def save_clip(folder: Path, seed: int = 0) -> Path:
+    """A whole CLIP of random weights, as huggingface.co has them. `networks.Clip` must not need its text half."""
     torch.manual_seed(seed)
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = CLIPConfig(text_config=small | {"vocab_size": 9, "max_position_embeddings": 8},
-                        vision_config=small | {"image_size": size, "patch_size": 8}, projection_dim=6)
+                        vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=6)
     CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
 
 

@@ -23,7 +23,7 @@ Images = list[tuple[str, str, list[str]]]  # (file name, split, captions) of eac
 
 
 class Server:
-    """Serves `files` (path -> bytes), and keeps what it was asked in `asked`: (method, path, range).
+    """Serves `files` (path -> bytes), and keeps what it was asked in `asked`: (method, path).
 
     faults: path -> "gated", "no repository", "no file", "error 500", "cut" or "cut once" (half the bytes), "slow".
     """
@@ -43,7 +43,7 @@ class Server:
 
     def gets(self) -> list[str]:
         """The names of the files that were fetched."""
-        return [path.rsplit("/", 1)[1] for method, path, _ in self.asked if method == "GET" and path in self.files]
+        return [path.rsplit("/", 1)[1] for method, path in self.asked if method == "GET" and path in self.files]
 
 
 def handler(server: Server) -> type:
@@ -67,7 +67,7 @@ def handler(server: Server) -> type:
 
         def answer(self, body: bool) -> None:
             fault = server.faults.get(self.path)
-            server.asked.append((self.command, self.path, self.headers["Range"]))
+            server.asked.append((self.command, self.path))
             if fault == "gated":
                 return self.refuse(403, "GatedRepo")
             if fault == "no repository":
@@ -180,11 +180,9 @@ def flickr8k_texts(listed: Images) -> bytes:
                    "__MACOSX/._Flickr8k.token.txt": b"x", "readme.txt": b"x", **lists})
 
 
-def address(server: Server, path: str, content: bytes | None = None, hashed: str = "sha256") -> Address:
+def address(server: Server, path: str, content: bytes, hashed: str = "sha256") -> Address:
     """Serve some content, and give its address with its size and hash."""
-    if content is not None:
-        server.files[path] = content
-    content = server.files[path]
+    server.files[path] = content
     return Address(server.url + path, len(content), hashlib.new(hashed, content).hexdigest() if hashed else "")
 
 

@@ -16,6 +16,12 @@ def test_scenes():
     assert mask.all() and mask.shape == regions.shape[:2] and regions.shape[2] == split.features.dim
     assert 0 <= box.min() and box.max() <= 1
     assert np.array_equal(np.array(split.picture(3)), split.truth.pictures[3])
+    assert split.captions[0] == "there is a small red triangle as well as a little red star and a purple star"  # seed 0
+
+
+def test_the_scenes_have_windows_unless_another_kind_of_regions_is_asked_for():
+    for regions, given in (("auto", True), ("files", True), ("grid", False)):
+        assert (data.load("scenes", None, ("val",), regions)["val"].features is not None) == given
 
 
 def test_a_split_from_files(tmp_path: Path):

@@ -248,7 +248,8 @@ def test_what_the_user_has_put_there_is_used_and_kept(tmp_path, server):
     own[1].write_bytes(pictures)
     fetch.fetch("flickr8k", tmp_path, source)
     assert server.asked == [] and [path.read_bytes() for path in own] == [texts, pictures]
-    own[0].unlink(), own[1].unlink()
+    for path in own:
+        path.unlink()
     check_whole(tmp_path, "flickr8k", source)
     one = next((tmp_path / "images").iterdir())
     one.unlink()  # a picture that is lost is fetched again, with its archive

@@ -6,6 +6,7 @@ import random
 import zlib
 
 import pytest
+from conftest import flags_for
 
 import retrieve
 import train
@@ -13,7 +14,6 @@ from harness import flags as command_line
 from harness import settings
 
 FIELDS = settings.FIELDS
-NUMBERS = [name for name, known in FIELDS.items() if known.range]
 ODD = ["", " ", "nan", "-nan", "inf", "-inf", "1e999", "1e-999", "-1", "0x10", "1_000", "1,5", "9" * 5000, "None",
        "true", "-", "--", "é", "٣", "\U0001f415", "caf\udce9", "a\nb", "%s", "{}", "a" * 5000,
        "/dev/null", "../..", "[]"]
@@ -109,10 +109,7 @@ def test_two_ends_of_ranges_make_a_run_or_one_line(flags, seed, tmp_path, capsys
 @pytest.fixture(scope="module")
 def run(root, bert, tmp_path_factory):
     out = tmp_path_factory.mktemp("fuzz") / "run"
-    assert train.main(["--dataset", "flickr8k", "--data-root", str(root), "--text-encoder", str(bert), "--dim", "8",
-                       "--text-layers", "1", "--region-width", "8", "--feedforward", "16", "--batch-size", "4",
-                       "--captions-per-image", "1", "--epochs", "1", "--device", "cpu",
-                       "--quiet", "--out", str(out)]) == 0
+    assert train.main([*flags_for(root, bert, out), "--epochs", "1", "--quiet"]) == 0
     return out
 
 

@@ -383,6 +383,5 @@ def test_no_clip_ends_in_one_clear_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     CLIPTextModel(CLIPTextConfig(**small)).save_pretrained(tmp_path / "text")
-    with pytest.raises(BadInput, match="vis|cannot load"):  # never random numbers for weights that are not there
+    with pytest.raises(BadInput, match="has no vision_model"):  # never random numbers for weights that are not there
         networks.Clip(str(tmp_path / "text"))
-    assert Path(tmp_path / "text").is_dir()

@@ -1,4 +1,5 @@
 """What the page computes and writes: queries, lists, lights, HTML. Gradio is not needed, tests/browser.py uses it."""
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_an_index_of_pictures_takes_captions(side, tmp_path):
 
 
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     assert retrieve.main(["page", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert 'pip install "gradio>=' in said and said.count("\n") == 1

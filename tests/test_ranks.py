@@ -80,7 +80,7 @@ def made_batch(regions: list[int], captions: list[int], seed: int) -> dict[str, 
             "word_mask": torch.arange(9) < words[:, None], "image_row": row, "image_index": row + 10 * seed}
 
 
-def three_steps(out: Path, model_name: str, fixed: int = 0, pieces: int = 1, many: int = 1) -> None:
+def three_steps(out: Path, model_name: str, fixed: int, pieces: int, many: int) -> None:
     """Three steps of gradient descent in float64. Writes gradients and weights, for each rank, into the folder.
 
     many: the batch has 7 x many captions. From 80 captions on, a share is encoded in groups of like length.

@@ -84,7 +84,7 @@ def test_claims_can_be_false():
         ("bigger", 2, 0): True, ("smaller", 2, 0): False, ("bigger", 0, 1): False,
         ("near the left edge", 0): True, ("near the left edge", 1): False, ("in the middle", 1): True,
         ("count", (None, "red", None), 3): True, ("count", (None, None, "small"), 3): False,
-    }  # fmt: skip
+    }
     for fact, truth in truths.items():
         assert scenes.holds((phrases, (fact,)), [moon, star, ring]) is truth, fact
     assert not scenes.holds(((("star", "blue", None),), ()), [moon, star, ring])
