@@ -72,7 +72,11 @@ def efficientnet_lite0() -> Classifier:
 
 
 def load_detector(name: str, weights: str) -> nn.Module:
-    """A two-stage detector of torchvision. Raises BadInput if its weights are not to be had or do not fit."""
+    """A two-stage detector of torchvision. Raises BadInput if its weights are not to be had or do not fit.
+
+    The first detectors that torchvision published have no epsilon in their BatchNorms, and torchvision takes it out.
+    So do we, if the file has its published name: weights of your own, and a renamed file, keep the usual epsilon.
+    """
     file = find(name, weights, torchvision.models.detection,
                 "a detection network of torchvision, such as fasterrcnn_resnet50_fpn_v2")
     state = state_dict(name, file)
@@ -84,7 +88,7 @@ def load_detector(name: str, weights: str) -> nn.Module:
     fill(net, state, name, file)
     published = torchvision.models.get_model_weights(name)
     if name.endswith("rcnn_resnet50_fpn") and file.name == Path(published.COCO_V1.url).name:
-        for module in net.modules():  # torchvision's first published detectors have BatchNorms without an epsilon
+        for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = 0.0
     return net

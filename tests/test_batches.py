@@ -245,7 +245,7 @@ def test_noise_is_a_function_of_the_seed_the_epoch_and_the_batch(pieces):
     others = ids(0, 1, first=7), ids(0, 2, first=7), ids(1, 1, first=7), ids(0, 1, first=8)
     assert len(set(map(tuple, others))) == 4
     batch = data.Pairs(split, words, data.CaptionNoise(pieces, 0.5), (0, 1))[list(range(10, 40))]
-    assert len(set(map(tuple, batch["word_ids"].tolist()))) > 10  # nor do equal captions get equal noise
+    assert len(set(map(tuple, batch["word_ids"].tolist()))) > 10  # though all are one text
 
 
 def test_noisy_pairs_keep_their_order_and_their_images(pieces):

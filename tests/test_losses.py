@@ -70,7 +70,7 @@ def test_false_negatives_are_masked():
     similarity = torch.tensor([[0.5, 0.9, 0.0], [0.9, 0.5, 0.0], [0.0, 0.0, 0.5]])
     same_image = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     assert losses.hinge(similarity).item() == pytest.approx(4 * 0.6)
-    without_diagonal = same_image & ~torch.eye(3, dtype=torch.bool)  # which is true in any case
+    without_diagonal = same_image & ~torch.eye(3, dtype=torch.bool)  # a pair on it is true all the same
     for positives in (same_image, without_diagonal):
         assert losses.hinge(similarity, positives=positives).item() == 0
         assert losses.hinge(similarity, positives=positives, negatives="mean").item() == 0

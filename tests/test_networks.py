@@ -228,7 +228,7 @@ def test_in_bfloat16_as_on_a_gpu_the_features_are_nearly_the_same(detector, grid
 
 
 def test_the_first_detectors_are_what_torchvision_makes_of_their_weights(tmp_path, monkeypatch):
-    """Their BatchNorms have no epsilon, which matters where a channel hardly varies. (Half a gigabyte of memory.)"""
+    """Their BatchNorms have no epsilon, which matters where a channel hardly varies. (700 MB of memory.)"""
     name = "fasterrcnn_resnet50_fpn"
     net = torchvision.models.get_model(name, weights=None, weights_backbone=None)
     for module in net.modules():

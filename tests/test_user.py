@@ -92,19 +92,19 @@ def test_sge_equals_its_definition_region_by_region():
         assert torch.allclose(ours, guide, atol=1e-6)
 
 
+class Half(torch.nn.Module):
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return given / 2
+
+
 def test_sge_drops_out_what_it_reads_of_the_regions_and_of_the_picture():
-    """Both behind the tanh. A dropout that halves all it is given makes the scores a quarter of what they were."""
+    """Both after the tanh. A layer that halves, in the place of the dropout, makes each score a quarter of itself."""
     sge, batch, scores = make_model().guide.eval(), make_batch(), []
     sge.score.register_forward_hook(lambda layer, given, score: scores.append(score))
     for dropout in (torch.nn.Identity(), Half()):
         sge.dropout = dropout
         sge.guide(batch["regions"], batch["region_mask"])
     assert torch.allclose(scores[0], 4 * scores[1], atol=1e-6)
-
-
-class Half(torch.nn.Module):
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
-        return given / 2
 
 
 def test_the_layers_that_the_released_code_starts_by_xavier_start_so_here():
