@@ -26,6 +26,23 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
+def make_batch(regions: int = 5, words: int = 9) -> dict[str, torch.Tensor]:
+    """Three pairs with ragged regions and captions, padded to the widths given with what must not count."""
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "regions": torch.randn(3, 5, 12, generator=g), "clip": torch.randn(3, 7, generator=g),
+        "region_mask": torch.arange(5) < torch.tensor([[5], [2], [3]]),
+        "word_ids": torch.randint(1, 100, (3, 9), generator=g),
+        "word_mask": torch.arange(9) < torch.tensor([[9], [4], [6]]),
+        "boxes": torch.rand(3, 5, 4, generator=g), "image_index": torch.tensor([4, 9, 2]),
+    }
+    for name, filler, width in (("regions", 7.0, regions), ("boxes", 0.5, regions), ("region_mask", False, regions),
+                                ("word_ids", 3, words), ("word_mask", False, words)):
+        extra = torch.full((3, width - batch[name].shape[1], *batch[name].shape[2:]), filler, dtype=batch[name].dtype)
+        batch[name] = torch.cat([batch[name], extra], 1)
+    return batch
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     """A tiny BERT folder, as `--text-encoder FOLDER` takes it."""

@@ -1,7 +1,7 @@
 """tgdt.py: shapes, masks, and embeddings that depend on nothing but their own input."""
 import pytest
 import torch
-from conftest import TINY_BERT
+from conftest import TINY_BERT, make_batch
 from transformers import BertConfig, BertModel
 
 import losses
@@ -13,25 +13,6 @@ def model() -> tgdt.TGDT:
     torch.manual_seed(0)
     bert = BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False)
     return tgdt.TGDT(bert, feature_dim=12, dim=8, region_width=16, region_layers=1, feedforward=32).eval()
-
-
-def make_batch(regions: int = 5, words: int = 9) -> dict[str, torch.Tensor]:
-    """Three pairs with ragged regions and captions, padded to the widths given."""
-    g = torch.Generator().manual_seed(0)
-    batch = {
-        "regions": torch.randn(3, 5, 12, generator=g),
-        "boxes": torch.rand(3, 5, 4, generator=g),
-        "region_mask": torch.arange(5) < torch.tensor([[5], [2], [3]]),
-        "word_ids": torch.randint(1, 100, (3, 9), generator=g),
-        "word_mask": torch.arange(9) < torch.tensor([[9], [4], [6]]),
-    }
-    noise = {"regions": 7.0, "boxes": 0.5, "region_mask": False, "word_ids": 3, "word_mask": False}
-    for name, width in (("regions", regions), ("boxes", regions), ("region_mask", regions), ("word_ids", words),
-                        ("word_mask", words)):
-        extra = width - batch[name].shape[1]
-        filler = torch.full((3, extra, *batch[name].shape[2:]), noise[name], dtype=batch[name].dtype)
-        batch[name] = torch.cat([batch[name], filler], 1)
-    return batch
 
 
 @torch.inference_mode()

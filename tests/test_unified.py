@@ -2,8 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_BERT
-from test_user import make_batch
+from conftest import TINY_BERT, make_batch
 from transformers import BertConfig, BertModel
 
 import losses
@@ -24,12 +23,6 @@ def make_model(trained: bool = True, fine_gradient: float = 0.0) -> unified.Unif
     return model.eval()
 
 
-def boxed(**widths: int) -> dict[str, torch.Tensor]:
-    batch = make_batch(**widths)
-    boxes = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(1))
-    return batch | {"boxes": F.pad(boxes, (0, 0, 0, batch["regions"].shape[1] - 5), value=0.3)}
-
-
 def encoded(model: unified.Unified, batch: dict) -> tuple:
     return model.encode_images(batch), model.encode_texts(batch)
 
@@ -39,7 +32,7 @@ def test_the_coarse_vectors_are_those_of_user_with_the_same_weights():
     model = make_model()
     twin = user.USER(BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False), 12, 8).eval()
     twin.load_state_dict({name: value for name, value in model.state_dict().items() if name in twin.state_dict()})
-    for ours, users in zip(encoded(model, boxed()), encoded(twin, boxed()), strict=True):
+    for ours, users in zip(encoded(model, make_batch()), encoded(twin, make_batch()), strict=True):
         assert torch.equal(ours.globals, users.globals)
 
 
@@ -49,7 +42,7 @@ def test_all_is_of_unit_length_and_float32_also_in_mixed_precision():
     small = dict(region_width=8, region_layers=1, local_layers=1, global_layers=1, heads=2, feedforward=16)
     for model in (make_model(), user.USER(bert, 12, 8).eval(), tgdt.TGDT(bert, 12, 8, **small).eval()):
         with torch.autocast("cpu", torch.bfloat16):
-            sides = encoded(model, boxed())
+            sides = encoded(model, make_batch())
         for side in sides:
             for vectors in (side.globals, *(part[side.mask] for part in (side.tokens, side.plain) if part is not None)):
                 assert vectors.dtype == torch.float32  # in which the losses are computed
@@ -58,9 +51,9 @@ def test_all_is_of_unit_length_and_float32_also_in_mixed_precision():
 
 @torch.inference_mode()
 def test_untrained_the_fine_level_changes_nothing():
-    for side in encoded(make_model(trained=False), boxed()):
+    for side in encoded(make_model(trained=False), make_batch()):
         assert torch.allclose(side.tokens[side.mask], side.plain[side.mask], atol=1e-6)
-    for side in encoded(make_model(), boxed()):
+    for side in encoded(make_model(), make_batch()):
         assert not torch.allclose(side.tokens[side.mask], side.plain[side.mask], atol=1e-2)
 
 
@@ -74,7 +67,7 @@ def test_the_fine_level_equals_its_definition_layer_by_layer():
             tokens = tokens + layer.linear2(layer.linear1(layer.norm2(tokens)).relu())
         return F.normalize(tokens, dim=-1)
 
-    model, batch = make_model(), boxed()
+    model, batch = make_model(), make_batch()
     (regions, region_mask), (words, word_mask) = model.region_tokens(batch), model.word_tokens(batch)
     images, texts = encoded(model, batch)
     for row in range(3):
@@ -88,8 +81,8 @@ def test_the_fine_level_equals_its_definition_layer_by_layer():
 
 @torch.inference_mode()
 def test_padding_and_the_other_rows_change_nothing():
-    model, batch = make_model(), boxed()
-    wider = boxed(regions=7, words=12)
+    model, batch = make_model(), make_batch()
+    wider = make_batch(regions=7, words=12)
     alone = {name: value[1:2] for name, value in batch.items()}
     for side, in_wider, by_itself in zip(encoded(model, batch), encoded(model, wider), encoded(model, alone),
                                          strict=True):
@@ -104,12 +97,12 @@ def test_padding_and_the_other_rows_change_nothing():
 
 
 def test_words_are_counted_without_the_special_pieces():
-    texts = make_model().encode_texts(boxed())
+    texts = make_model().encode_texts(make_batch())
     assert texts.tokens.shape == texts.plain.shape == (3, 7, 8) and texts.mask.sum(1).tolist() == [7, 2, 4]
 
 
 def test_boxes_are_seen_by_the_fine_tokens_alone():
-    model, batch = make_model(), boxed()
+    model, batch = make_model(), make_batch()
     moved = batch | {"boxes": batch["boxes"].flip(2)}
     here, there = model.encode_images(batch), model.encode_images(moved)
     assert torch.equal(here.globals, there.globals) and torch.equal(here.plain, there.plain)
@@ -119,7 +112,7 @@ def test_boxes_are_seen_by_the_fine_tokens_alone():
 @pytest.mark.parametrize("level", ["tokens", "plain", "globals"])
 def test_a_level_trains_what_is_below_it_and_nothing_above(level):
     model = make_model(fine_gradient=1).train()
-    for side in encoded(model, boxed()):
+    for side in encoded(model, make_batch()):
         getattr(side, level).sum().backward()
     moved = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
     assert {"project", "mlp_out", "bert", "project_words"} <= moved
@@ -132,7 +125,7 @@ def test_the_share_of_the_fine_gradient_that_goes_below():
     below, within, tokens = [], [], []
     for share in (1.0, 0.25, 0.0):
         model = make_model(fine_gradient=share)
-        for side in encoded(model, boxed()):
+        for side in encoded(model, make_batch()):
             (side.tokens[..., 0] * side.mask).sum().backward()
             tokens.append(side.tokens)
         below.append(torch.cat([model.project.weight.grad, model.project_words.weight.grad], 1))
@@ -145,7 +138,7 @@ def test_the_share_of_the_fine_gradient_that_goes_below():
 
 def test_the_loss_reaches_every_weight():
     model = make_model().train()
-    images, texts = encoded(model, boxed())
+    images, texts = encoded(model, make_batch())
     losses.unified_loss(images, texts, torch.arange(3), None, {}).backward()
     unused = [name for name, weight in model.named_parameters() if weight.grad is None]
     assert unused == []
@@ -179,7 +172,7 @@ def test_captions_in_groups_of_like_length_are_encoded_as_all_at_once():
 
 @torch.inference_mode()
 def test_the_keys_of_the_unified_model_are_its_coarse_vectors():
-    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
+    model, batch = make_model(), make_batch() | {"image_row": torch.tensor([0, 1, 2])}
     momentum = user.MomentumContrast(model, 8, 20)
     coarse = train.encode(momentum.encoder, batch, "float32", coarse=True)
     assert [side.tokens for side in coarse] == [None, None]  # so the fine level is not run
@@ -190,7 +183,7 @@ def test_the_keys_of_the_unified_model_are_its_coarse_vectors():
 def test_the_momentum_copy_is_the_teacher():
     """`batch_loss` with --distill is the model's loss with what the copy encodes as the teacher."""
     chosen = settings.make({"model": "tgdt-user", "distill": 0.5, "queue": 0, "keep": "momentum"})
-    model, batch = make_model(), boxed() | {"image_row": torch.tensor([0, 1, 2])}
+    model, batch = make_model(), make_batch() | {"image_row": torch.tensor([0, 1, 2])}
     momentum = user.MomentumContrast(model, 8, 1, momentum=1.0)  # keeps what it is
     for weight in momentum.encoder.parameters():
         weight.data += 0.1
