@@ -108,8 +108,10 @@ class Detector:
         self.batch_size = 8 if self.device.type == "cuda" else 4
         self.normalised = Normalised(net.transform.image_mean, net.transform.image_std, device)
         self.dim = net.roi_heads.box_predictor.cls_score.in_features
-        self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "side": side,
-                         "regions": count, "dim": self.dim, "version": 2}  # 1 could pool at twice the right scale
+        epsilons = {module.eps for module in net.modules() if isinstance(module, nn.BatchNorm2d)}  # see `load_detector`
+        self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "epsilons": sorted(epsilons),
+                         "side": side, "regions": count, "dim": self.dim,
+                         "version": 2}  # 1 could pool at twice the right scale
         self.prepare = partial(on_canvas, side=side)
 
     @torch.inference_mode()

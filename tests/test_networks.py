@@ -1,4 +1,5 @@
 """networks.py, weights.py: networks of random weights against torchvision and transformers, step by step."""
+import copy
 import email.message
 import hashlib
 import io
@@ -177,9 +178,14 @@ def test_what_decides_the_output_decides_the_identity(detector, grid, weights, c
     assert same.identity == grid.identity
     torch.manual_seed(1)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
+    first = copy.deepcopy(detector.net)  # torchvision's first detectors have no epsilon in their BatchNorms
+    for module in first.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 0.0
+    without_epsilon = networks.Detector(detector.identity["network"], first, detector.count, detector.identity["side"])
     others = [networks.Grid(resnet(str(tmp_path / "other.pth")), 4, 64),
               networks.Grid(resnet(weights["resnet18"]), 9, 64), networks.Grid(resnet(weights["resnet18"]), 4, 32),
-              detector, networks.Patches(clips[0].name), networks.Patches(clips[1].name), *clips]
+              detector, without_epsilon, networks.Patches(clips[0].name), networks.Patches(clips[1].name), *clips]
     identities = [network.identity for network in (same, *others)]
     assert all(one != other for i, one in enumerate(identities) for other in identities[:i])
     moved = save_clip(tmp_path / "moved")  # the same weights in another folder are the same CLIP
