@@ -18,6 +18,7 @@ import data
 from harness import models
 from harness import settings as settings_
 from harness.settings import Settings
+from sources.features import Stored
 from sources.files import BadInput, explained, read_weights
 
 PARTS = ("settings.json", "checkpoint.pt", "best.pt", "tokenizer")  # of a run folder
@@ -143,10 +144,17 @@ def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
 
 
 def fingerprint(split: data.Split) -> str:
-    """A digest of a split: its captions, the image of each, and the features of some 16 to 32 of its images."""
+    """A digest of a split: its captions, the image of each, and the features of some 16 to 32 of its images.
+
+    Features that a network computed from pictures differ a little between a GPU and a processor. So there the pictures
+    count, all of them. (The network is compared elsewhere, see `pictures.prepare`.)
+    """
     hashed = hashlib.blake2b(digest_size=16)
     hashed.update("\n".join(split.captions).encode())
     hashed.update(np.asarray(split.image_of, np.int64).tobytes())
+    if isinstance(split.features, Stored):
+        hashed.update(" ".join(split.features.digests()).encode())
+        return hashed.hexdigest()
     for row in sorted({*range(0, len(split.features), max(1, len(split.features) // 16)), len(split.features) - 1}):
         for array in split.features.read([row]):
             hashed.update(np.ascontiguousarray(array).tobytes())

@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from harness.folder import best_checkpoint
 from retrieve import Embeddings
-from sources.files import BadInput, append, check_folder, explained, locked, read_json, write_json
+from sources.files import BadInput, append, check_folder, explained, locked, made, read_json, write_json
 
 BLOCK = 1024  # items encoded and written together
 CHECKED = 2**28  # bytes of an array whose checksum is compared whenever the index is opened
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("image", "text")
 PARTS = ("globals", "tokens", "offsets")
+ARRAYS = [f"{kind}.{part}" for kind in KINDS for part in PARTS]
 Encode = Callable[[str, np.ndarray], Embeddings]
 
 
@@ -76,7 +77,7 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Encode, nam
     """
     out = place_of(out)
     growing = out.with_name(f".{out.name}.index-in-progress")
-    with locked(growing):
+    with locked(out.with_name(f".{out.name}.index-lock")), made(growing):  # not in `growing`, which will be renamed
         progress = read_progress(growing, identity)
         for kind in KINDS:
             write_side(growing, kind, counts[kind], progress, encode)
@@ -94,7 +95,7 @@ def place_of(out: Path) -> Path:
     missing = [name for name in ("manifest.json", "names.json", "image.globals") if not (place / name).is_file()]
     if os.path.lexists(place) and missing:  # an index that is replaced is deleted, and nothing else may be
         raise BadInput(f"{out}: there already, and no index (it has no {missing[0]}): give another --out")
-    own = {"manifest.json", "names.json", "progress.json", ".lock", *(f"{k}.{part}" for k in KINDS for part in PARTS)}
+    own = {"manifest.json", "names.json", "progress.json", *ARRAYS}
     if others := sorted({path.name for path in place.glob("*")} - own):
         raise BadInput(f"{out}: the index there would be replaced, but its folder also holds {others[0]}: move "
                        "that away, or give another --out")
@@ -109,8 +110,7 @@ def replace(growing: Path, out: Path) -> None:
     if out.exists():
         os.replace(out, old)
     os.replace(growing, out)
-    for name in ("progress.json", ".lock"):
-        (out / name).unlink(missing_ok=True)
+    (out / "progress.json").unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -122,7 +122,7 @@ def read_progress(growing: Path, identity: dict) -> dict:
             return progress
     except (BadInput, KeyError, TypeError):
         pass
-    for name in (*(f"{kind}.{part}" for kind in KINDS for part in PARTS), "progress.json"):
+    for name in (*ARRAYS, "progress.json"):
         (growing / name).unlink(missing_ok=True)
     return {"identity": identity, **{kind: {"items": 0, "tokens": 0} for kind in KINDS}}
 

@@ -36,6 +36,7 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
         tokenizer = read_tokenizer(name, **options)
         bert, found = BertModel.from_pretrained(
             name, add_pooling_layer=False, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+            is_decoder=False, add_cross_attention=False, attn_implementation="sdpa",  # whatever config.json says
             output_loading_info=True, dtype=torch.float32, **options)
     except Exception as error:  # transformers raises many kinds for a folder that is missing or damaged
         files = "config.json, tokenizer.json, tokenizer_config.json and model.safetensors"
@@ -44,6 +45,9 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         raise BadInput(f"the text encoder {name!r} of --text-encoder is no BERT: it has no {missing[0]}, and "
                        f"{len(missing) - 1} more are missing")
+    if any(piece.startswith("\u2581") for piece in tokenizer.get_vocab()):  # as in SentencePiece, for XLM-R's heirs
+        raise BadInput(f"the text encoder {name!r} of --text-encoder does not read BERT's word pieces, and would not "
+                       "know a single word; take one with BERT's own tokenizer")
     if settings.text.longest > (most := bert.config.max_position_embeddings):
         raise BadInput(f"--longest {settings.text.longest}: the text encoder {name!r} reads {most} word pieces at most")
     try:

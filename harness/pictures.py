@@ -18,7 +18,7 @@ import torch
 import data
 from harness import models
 from harness.settings import Settings
-from sources import files, layouts, networks, photos
+from sources import layouts, networks, photos
 from sources.extract import Cache, check_same, fill
 from sources.features import InMemory, OneArray, Stored
 from sources.files import BadInput
@@ -195,7 +195,8 @@ def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], ski
     if not messages:
         return
     path, total = cache / "bad_pictures.txt", sum(len(split.pictures) for split in splits.values())
-    files.write_whole(path, lambda file: file.write("".join(f"{message}\n" for message in messages).encode()))
+    cache.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(f"{message}\n" for message in messages).encode())  # several GPUs may all write it at once
     report = f"{len(messages)} of {total} pictures cannot be used"
     if not (skip and from_pictures):
         way = "remove them from the data, or leave them out by --skip-bad" if from_pictures else "or take --guide self"

@@ -80,7 +80,7 @@ def open_side(place: Path | str, args: argparse.Namespace) -> Side:
         settings = settings_.from_flat(settings_.flat(run.settings) | {
             "data_root": str(args.data_root or opened.manifest["data"]), "skip_bad": True,
             "cache": f"{place.resolve()}.cache"})
-        run.split, run.words = pictures.of_folder(settings, where, run.device, 0, run.seen), []
+        run.split, run.words = pictures.of_folder(settings, where, run.device, args.workers, run.seen), []
     if opened and (run.split.image_names, run.split.captions) != (opened.names["images"], opened.names["captions"]):
         raise BadInput(f"{place}: its pictures or captions have changed since it was made: make the index anew")
     images, texts = (opened.images, opened.texts) if opened else (run.side("image"), run.side("text"))

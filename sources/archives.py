@@ -66,7 +66,8 @@ def unpack(path: Path, wanted: dict[str, Path], quiet: bool = False) -> None:
             with archive.open(members[name]) as inside, open(partial, "wb") as file:
                 shutil.copyfileobj(inside, file)
             os.replace(partial, target)
-    os.sync()  # the archive will be deleted next
+    if hasattr(os, "sync"):  # not on Windows
+        os.sync()  # the archive will be deleted next
 
 
 def karpathy_json(path: Path, name: str) -> bytes:

@@ -159,9 +159,10 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
                 bar.update(len(digests) + len(wrong))
                 if bar.n == FIRST * size < len(todo):
                     minutes = bar.format_dict["elapsed"] / bar.n * len(todo) / 60
-                    tqdm.write(f"about {minutes:.0f} minutes for {len(todo)} pictures, measured on the first {bar.n}")
+                    tqdm.write(f"about {minutes:.0f} minutes for {len(todo)} pictures, measured on the first {bar.n}",
+                               file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"stopped: {bar.n} of {len(todo)} pictures are done, the next start goes on from there")
+        print(f"stopped: {bar.n} of {len(todo)} pictures are done, the next start goes on from there", file=sys.stderr)
         raise
     except torch.OutOfMemoryError as error:
         raise BadInput(f"the memory of the GPU is not enough for {size} pictures at a time; what was computed is kept: "

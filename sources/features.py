@@ -144,6 +144,11 @@ class Stored:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def digests(self) -> list[str]:
+        """The digest of each image's picture."""
+        digest_of = {row: digest for digest, row in self.store.row_of.items()}
+        return [digest_of[row] for row in self.rows]
+
     def read(self, rows: Sequence[int]) -> tuple:
         of_store = self.rows[rows]
         count = self.store.read("count", of_store)  # [n] real regions

@@ -206,8 +206,9 @@ def announce(dataset: str, root: Path, parts: list[Part], free: int, quiet: bool
     for part in parts:
         size = part.addresses[0].size
         unpacked += 1.03 * size * part.share  # a disk is filled in whole blocks
-        most = max(most, unpacked + (0 if is_there(root, part) else size))
-        first = "is there" if is_there(root, part) else human(size)
+        there = is_there(root, part)
+        most = max(most, unpacked + (0 if there else size))
+        first = "is there" if there else human(size)
         lines += [f"{'or' if number else first:>10}  {address.url}" for number, address in enumerate(part.addresses)]
     if not quiet:
         say("\n".join(lines))

@@ -104,14 +104,14 @@ class Detector:
     """
 
     def __init__(self, name: str, net: nn.Module, count: int, side: int, device: torch.device | str = "cpu"):
-        self.net, self.count, self.device = net.to(device).eval(), count, torch.device(device)
+        self.net, self.count, self.side, self.device = net.to(device).eval(), count, side, torch.device(device)
         self.batch_size = 8 if self.device.type == "cuda" else 4
         self.normalised = Normalised(net.transform.image_mean, net.transform.image_std, device)
         self.dim = net.roi_heads.box_predictor.cls_score.in_features
-        epsilons = {module.eps for module in net.modules() if isinstance(module, nn.BatchNorm2d)}  # see `load_detector`
-        self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "epsilons": sorted(epsilons),
-                         "side": side, "regions": count, "dim": self.dim,
-                         "version": 2}  # 1 could pool at twice the right scale
+        self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "side": side,
+                         "regions": count, "dim": self.dim, "version": 2}  # 1 could pool at twice the right scale
+        if any(module.eps == 0 for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+            self.identity["epsilon"] = 0  # see `load_detector`
         self.prepare = partial(on_canvas, side=side)
 
     @torch.inference_mode()
@@ -119,19 +119,18 @@ class Detector:
         """pixels [B, 3, S, S] and size [B, 2] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
         heads, sizes = self.net.roi_heads, [tuple(size) for size in batch["size"].tolist()]
         pixels = self.normalised(batch["pixels"])
-        canvases = [tuple(pixels.shape[-2:])] * len(sizes)
         with in_bfloat16(self.device):
             maps = self.net.backbone(pixels)
         maps = {"0": maps} if isinstance(maps, Tensor) else maps
         maps = {name: of_level.float() for name, of_level in maps.items()}
         proposals = self.net.rpn(ImageList(pixels, sizes), maps)[0]
-        scores, shifts = heads.box_predictor(self.pooled(maps, proposals, canvases))
+        scores, shifts = heads.box_predictor(self.pooled(maps, proposals))
         refined = heads.box_coder.decode(shifts, proposals)  # [all proposals, classes, 4]
         likeliest, label = scores.softmax(1)[:, 1:].max(1)  # class 0 is the background
         refined = refined[torch.arange(len(label), device=label.device), label + 1]
         each = [len(own) for own in proposals]
         found = [self.best(*own) for own in zip(refined.split(each), likeliest.split(each), sizes, strict=True)]
-        features = self.pooled(maps, found, canvases).split([len(boxes) for boxes in found])
+        features = self.pooled(maps, found).split([len(boxes) for boxes in found])
         out = {"regions": np.zeros((len(found), self.count, self.dim), np.float32),
                "boxes": np.zeros((len(found), self.count, 4), np.float32), "count": np.zeros(len(found), np.float32)}
         for row, (boxes, seen, (height, width)) in enumerate(zip(found, features, sizes, strict=True)):
@@ -140,11 +139,9 @@ class Detector:
             out["count"][row] = len(boxes)
         return out
 
-    def pooled(self, maps: dict[str, Tensor], boxes: list[Tensor], canvases: list[tuple[int, int]]) -> Tensor:
-        """The features [all boxes, F] in some boxes of each picture.
-
-        canvases: what the maps show of each picture, its height and width. torchvision finds the maps' scale from them.
-        """
+    def pooled(self, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """The features [all boxes, F] in some boxes of each picture."""
+        canvases = [(self.side, self.side)] * len(boxes)  # torchvision finds the maps' scale from what they show
         inside = self.net.roi_heads.box_roi_pool(maps, boxes, canvases)
         with in_bfloat16(self.device):
             features = self.net.roi_heads.box_head(inside)

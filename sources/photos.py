@@ -24,7 +24,7 @@ TURN = Image.Transpose
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
            7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF's orientation
-UNUSABLE = re.compile(r"^[/\\]|(^|[/\\])\.\.([/\\]|$)|[\x00-\x1f\x7f\ud800-\udfff]")
+UNUSABLE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def usable(name: str) -> bool:

@@ -16,7 +16,7 @@ from PIL import Image
 import data
 import retrieve
 import train
-from harness import pictures
+from harness import folder, pictures
 from harness.settings import Settings, make
 from sources import extract, networks, photos
 from sources.files import BadInput
@@ -92,6 +92,24 @@ def test_each_picture_is_computed_once_for_all_splits(root, seen):
     assert np.allclose(features(other), [colour(root / ALL[4]), colour(root / ALL[0])]) and len(seen) == 5
 
 
+def test_what_is_said_meanwhile_does_not_stand_among_the_answers(root, seen, monkeypatch, capsys):
+    monkeypatch.setattr(extract, "FIRST", 1)
+    run(root, ALL)
+    said = capsys.readouterr()
+    assert "minutes for 5 pictures, measured on the first 2" in said.err and not said.out
+
+
+def test_features_computed_anew_elsewhere_are_still_the_run_s_data_and_other_pictures_are_not(root, seen, monkeypatch):
+    known = folder.fingerprint(run(root, ALL))
+    shutil.rmtree(root / "cache")
+    look = Means.look
+    monkeypatch.setattr(Means, "look", lambda *given: look(*given) | {"regions": look(*given)["regions"] + 0.01})
+    again = run(root, ALL)
+    assert folder.fingerprint(again) == known and not np.allclose(features(again)[0], colour(root / "0.png"), atol=1e-3)
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(root / "3.png")
+    assert folder.fingerprint(run(root, ALL)) != known
+
+
 def test_only_what_is_new_is_computed(root, seen):
     run(root, ALL[:3])
     run(root, ALL)
@@ -152,7 +170,7 @@ def test_extraction_goes_on_where_it_was_stopped(root, seen, monkeypatch, capsys
     monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Stops(seen))
     with pytest.raises(stop):
         run(root, ALL)
-    assert len(seen) == 2 and (stop is RuntimeError or "2 of 5" in capsys.readouterr().out)
+    assert len(seen) == 2 and (stop is RuntimeError or "2 of 5" in capsys.readouterr().err)
     monkeypatch.setattr(pictures, "regions_network", lambda settings, device: Means(seen))
     assert np.allclose(features(run(root, ALL)), [colour(root / name) for name in ALL]) and len(seen) == 5
 

@@ -175,6 +175,19 @@ def test_what_is_not_ours_is_never_touched(sides, tmp_path):
     index.build(out, IDENTITY, counts, encode, names_of(counts))
 
 
+def test_an_index_is_one_program_s_until_it_is_whole(sides, tmp_path, monkeypatch):
+    """Also after its folder has got its last name, when another program could begin the next one."""
+    def replace(growing: Path, out: Path) -> None:
+        put_in_place(growing, out)
+        with pytest.raises(BadInput, match="another program is writing"):
+            build(out, sides)
+
+    put_in_place = index.replace
+    monkeypatch.setattr(index, "replace", replace)
+    build(tmp_path / "index", sides)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]  # no lock is left
+
+
 @pytest.mark.parametrize("garbage", ["{", "[]", '{"identity": 3}', "null"])
 def test_garbage_where_progress_was_kept_starts_anew(sides, tmp_path, garbage):
     growing = tmp_path / ".index.index-in-progress"

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel
 
 import losses
@@ -385,6 +387,26 @@ def test_a_gpu_without_bfloat16_gets_float32(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
         assert models.resolve("auto", "auto") == (torch.device("cuda"), expected)
         assert models.resolve("auto", "float32")[1] == "float32"
+
+
+def test_a_text_encoder_whose_words_bert_s_tokenizer_would_not_find_is_refused(bert, tmp_path):
+    """BertTokenizer takes over the vocabulary of any tokenizer.json, and then all words of a caption are unknown."""
+    copied = shutil.copytree(bert, tmp_path / "bert")
+    pieces = [(piece, -1.0) for piece in ("<unk>", "<s>", "</s>", "\u2581a", "\u2581dog", "s")]
+    Tokenizer(Unigram(pieces, unk_id=0)).save(str(copied / "tokenizer.json"))
+    with pytest.raises(BadInput, match="does not read BERT's word pieces"):
+        models.text_encoder(settings.make({"dataset": "flickr8k", "text_encoder": str(copied), "text_layers": 1}))
+
+
+def test_a_text_encoder_reads_in_both_directions_whatever_its_config_says(bert, tmp_path):
+    copied = shutil.copytree(bert, tmp_path / "bert")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"is_decoder": True, "add_cross_attention": True}))
+    chosen = {"dataset": "flickr8k", "text_layers": 2}
+    ids = torch.tensor([[2, 7, 8, 9, 3]])
+    first, second = (models.text_encoder(settings.make(chosen | {"text_encoder": str(folder)}))[0].eval()(ids)[0]
+                     for folder in (bert, copied))
+    assert torch.equal(first, second)
 
 
 def test_a_text_encoder_in_half_precision_is_trained_in_float32(bert, tmp_path):
