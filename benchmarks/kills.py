@@ -3,9 +3,9 @@
     python benchmarks/kills.py [--moments 20] [--seed 0] [--models tgdt user tgdt-user]
 
 For each of the models a tiny run is trained once without a break. Then, for each moment, the same run is killed
-(kill -9, and every third time Ctrl-C) after a random time and resumed, again and again, until it is done. Checkpoints
-are written every 0.05 seconds within an epoch, so that kills fall into the writing of files as well. Prints a line a
-model; the exit code is 1 if any run ended differently.
+(kill -9, and every third time Ctrl-C) after a random time and resumed, up to three times, and then to its end.
+Checkpoints are written every 0.05 seconds within an epoch, so that kills fall into the writing of files as well. Prints
+a line a model; the exit code is 1 if any run ended differently.
 """
 from __future__ import annotations
 

@@ -64,6 +64,9 @@ def measure(name: str, precision: str, batch: dict[str, torch.Tensor], padded: b
         taken[-1][phase] = taken[-1].get(phase, 0.0) + time.perf_counter() - start
         return out
 
+    update = momentum.update
+    momentum.update = lambda model: timed("momentum", update, model)
+
     def share(branch, batch):
         """Times the encoders inside the loss; those of the momentum copy have no gradients."""
         phase = "captions" if branch.func is train.by_length else "images"

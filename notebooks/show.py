@@ -110,8 +110,9 @@ def inputs(values: dict) -> None:
                                 style={"description_width": "28em"})
 
         def typed(change, name=name):
-            with suppress(ValueError):  # half a number, such as a minus
-                values[name] = float(change["new"])
+            values[name] = None
+            with suppress(ValueError):  # nothing, or half a number, such as a minus
+                values[name] = float(change["new"].replace(",", "."))
 
         field.observe(typed, "value")
         display(field)
@@ -153,22 +154,17 @@ def picture(axis, pixels, title: str = "", frame: str | None = None, boxes=(), c
         box_on(axis, box * side, colour)
 
 
-def row_title(axes, text: str, colour: str = "black") -> None:
-    """A line of text above a row of pictures, from their left edge."""
-    axes[0].text(0, 1.06, text, color=colour, transform=axes[0].transAxes).set_in_layout(False)
+def row_title(axes, text: str) -> None:
+    """A line of text above a row of pictures, from their left edge, in the colour of the text side."""
+    axes[0].text(0, 1.06, text, color=TEXT, transform=axes[0].transAxes).set_in_layout(False)
     axes[0].set_title(" ")  # keeps the room above
 
 
-def box_on(axis, box, colour: str = TRUTH, width: float = 2.0, **options) -> None:
+def box_on(axis, box, colour: str = TRUTH, width: float = 2.0) -> None:
     """The frame of a box [4] in pixels, with a white edge so that it is seen on any ground."""
     x1, y1, x2, y2 = (float(value) for value in box)
     for line, edge in ((width + 1.6, "white"), (width, colour)):
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=line, **options))
-
-
-def scale_bar(axis, shown, label: str = "", **options) -> None:
-    """The colour bar of what `imshow` returned."""
-    axis.figure.colorbar(shown, ax=axis, label=label, **options)
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=line))
 
 
 def light(axis, pixels, boxes, values, title: str = "") -> None:
@@ -189,7 +185,7 @@ def light(axis, pixels, boxes, values, title: str = "") -> None:
 def frames(axis, pixels, boxes, values, title: str = "", high: float | None = None):
     """A picture with its regions as frames, brighter and thicker for a higher value; boxes [R, 4] in 0..1.
 
-    high: the value of the brightest frame. Returns what `scale_bar` needs.
+    high: the value of the brightest frame. Returns what `figure.colorbar` needs.
     """
     values = np.asarray(values)
     colours = plt.cm.ScalarMappable(plt.Normalize(0, high or values.max()), SCALE)
@@ -202,12 +198,11 @@ def frames(axis, pixels, boxes, values, title: str = "", high: float | None = No
     return colours
 
 
-def captions(axis, lines: Sequence[str], title: str = "", colours: str | Sequence[str] = TEXT, width: int = 80) -> None:
-    """Lines of text, one below the other, in one colour or one each."""
-    colours = [colours] * len(lines) if isinstance(colours, str) else colours
+def captions(axis, lines: Sequence[str], title: str = "", width: int = 80) -> None:
+    """Lines of text, one below the other."""
     axis.axis("off")
-    for place, (line, colour) in enumerate(zip(lines, colours, strict=True)):
-        axis.text(0, 1 - (place + 0.5) / len(lines), wrap(line, width), color=colour, va="center",
+    for place, line in enumerate(lines):
+        axis.text(0, 1 - (place + 0.5) / len(lines), wrap(line, width), color=TEXT, va="center",
                   transform=axis.transAxes)
     axis.set_title(title, loc="left")
 
@@ -248,7 +243,7 @@ def two_stages(axis, pictures, first: Sequence[int], second: Sequence[int], trut
 # ------------------------------------------------------------------------------------------------- tables of numbers
 
 
-def table(axis, values, title: str = "", form: str = "{:.2f}", best=(), best_colour: str = IMAGE) -> None:
+def table(axis, values, title: str = "", best=(), best_colour: str = IMAGE) -> None:
     """A small table of similarities or costs, images by captions; darker is greater. The true pairs are framed.
 
     best: cells (row, column) that get a ring.
@@ -256,7 +251,7 @@ def table(axis, values, title: str = "", form: str = "{:.2f}", best=(), best_col
     values = torch.as_tensor(values, dtype=torch.float32)
     low, high = values.min(), values.max()
     axis.imshow(values, cmap="Greys", vmin=low, vmax=low + 2 * (high - low).clamp(min=1e-9))
-    cells(axis, values, form)
+    cells(axis, values, "{:.2f}")
     if len(best):
         axis.scatter([column for _, column in best], [row for row, _ in best], s=1100, facecolors="none",
                      edgecolors=best_colour, linewidths=2.5)
@@ -316,12 +311,12 @@ def false_negatives(pictures, labels: Sequence[str], false):
 
 def heat(axis, values, title: str = "", label: str = "", low: float | None = None, high: float | None = None,
          bar: bool = True, **options):
-    """A large table as colours, with its colour bar. Returns what `scale_bar` needs."""
+    """A large table as colours, with its colour bar. Returns what `figure.colorbar` needs."""
     shown = axis.imshow(values, cmap=SCALE, vmin=low, vmax=high, aspect=options.pop("aspect", "auto"), **options)
     axis.set_title(title)
     axis.spines[:].set_visible(False)
     if bar:
-        scale_bar(axis, shown, label)
+        axis.figure.colorbar(shown, ax=axis, label=label)
     return shown
 
 
@@ -347,39 +342,37 @@ def lines(axis, x, named: Mapping, title: str = "", xlabel: str = "", ylabel: st
         axis.legend()
 
 
-def ticks(axis, values, labels=None, which: str = "x") -> None:
+def ticks(axis, values, which: str = "x") -> None:
     """These ticks and no others, as numbers and not as powers of ten."""
-    (axis.set_xticks if which == "x" else axis.set_yticks)(values, labels or [f"{value:g}" for value in values])
+    (axis.set_xticks if which == "x" else axis.set_yticks)(values, [f"{value:g}" for value in values])
     axis.minorticks_off()
 
 
-def bars(axis, named: Mapping[str, float], colours: Sequence[str], title: str = "", xlabel: str = "",
-         form: str = "{:.1f}", limit: float | None = None, error=None, log: bool = False) -> None:
-    """Horizontal bars, each with its name and its number. error: the half length of an error bar for each.
+def bars(axis, named: Mapping[str, float], colours: Sequence[str], xlabel: str = "", form: str = "{:.1f}",
+         limit: float | None = None, log: bool = False) -> None:
+    """Horizontal bars, each with its name and its number.
 
     limit: the right end of the axis. log: a logarithmic axis; then the lengths of the bars mean nothing, their ends do.
     """
-    shown = axis.barh(list(named), list(named.values()), color=colours, xerr=error, ecolor="#444444", capsize=3)
-    if error is None:
-        axis.bar_label(shown, [form.format(value) for value in named.values()], padding=4, fontsize=9)
+    shown = axis.barh(list(named), list(named.values()), color=colours)
+    axis.bar_label(shown, [form.format(value) for value in named.values()], padding=4, fontsize=9)
     axis.invert_yaxis()
-    axis.set(title=title, xlabel=xlabel)
+    axis.set(xlabel=xlabel)
     if log:
         axis.set(xscale="log", xlim=(min(named.values()) / 3, limit or 8 * max(named.values())))
     else:
         axis.set(xlim=(0, limit))
 
 
-def grouped_bars(axis, groups: Sequence[str], series: Mapping, colours: Sequence[str] | None = None, title: str = "",
-                 ylabel: str = "", form: str = "{:.0f}", **options) -> None:
+def grouped_bars(axis, groups: Sequence[str], series: Mapping, ylabel: str = "", form: str = "{:.0f}",
+                 **options) -> None:
     """For each group one bar of each series, with numbers on top. series: {name: values, one a group}."""
-    colours = colours or [look["color"] for look in LOOKS]
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
         places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * width
-        shown = axis.bar(places, values, 0.9 * width, color=colours[number], label=name)
+        shown = axis.bar(places, values, 0.9 * width, color=LOOKS[number]["color"], label=name)
         axis.bar_label(shown, [form.format(value) for value in values], fontsize=9, padding=2)
-    axis.set(title=title, ylabel=ylabel, xticks=range(len(groups)), xticklabels=groups, **options)
+    axis.set(ylabel=ylabel, xticks=range(len(groups)), xticklabels=groups, **options)
     axis.legend(ncols=len(series), loc="upper center")
 
 
@@ -400,23 +393,22 @@ def spread(axis, x, draws, colour: str, label: str) -> None:
                   label=label)
 
 
-def strips(axis, named: Mapping, xlabel: str = "", title: str = "") -> None:
+def strips(axis, named: Mapping, xlabel: str = "") -> None:
     """A row of dots for each name, and a bar at their mean. named: {name: (values, colour)}."""
     rng = np.random.default_rng(0)
     for place, (values, colour) in enumerate(named.values()):
         values = np.asarray(values)
         axis.scatter(values, place + rng.uniform(-0.14, 0.14, len(values)), s=8, color=colour, alpha=0.6)
         axis.plot([values.mean()] * 2, [place - 0.36, place + 0.36], color="black", lw=3)
-    axis.set(yticks=range(len(named)), yticklabels=list(named), xlabel=xlabel, title=title)
+    axis.set(yticks=range(len(named)), yticklabels=list(named), xlabel=xlabel)
     axis.invert_yaxis()
 
 
-def upright(axis, x: float, text: str = "", y: float = 0.95, side: str = "right") -> None:
+def upright(axis, x: float, text: str = "", y: float = 0.95) -> None:
     """A dotted upright line at x, with a word beside it at the height y (0 to 1)."""
     axis.axvline(x, color="#555555", ls=":", lw=1.5)
-    axis.annotate(text, (x, y), (4 if side == "right" else -4, 0), xycoords=axis.get_xaxis_transform(),
-                  textcoords="offset points", color="#444444", fontsize=9, va="center",
-                  ha="left" if side == "right" else "right")
+    axis.annotate(text, (x, y), (4, 0), xycoords=axis.get_xaxis_transform(),
+                  textcoords="offset points", color="#444444", fontsize=9, va="center", ha="left")
 
 
 def level(axis, y: float, text: str = "", x: float = 0.98, below: bool = False) -> None:
@@ -457,10 +449,10 @@ def circle(axis, angles, title: str = "", image_of=None) -> None:
     axis.axis("off")
 
 
-def first_step(axis, angles, step, scale: float = 8.0) -> None:
-    """Arrows along the circle, [2, n] angles long and `scale` times drawn, on top of `circle`."""
+def first_step(axis, angles, step) -> None:
+    """Arrows along the circle, [2, n] angles long and drawn eight times as long, on top of `circle`."""
     for radius, now, turn in zip((1, 0.8), angles, step, strict=True):
-        along = torch.stack([-now.sin(), now.cos()], -1) * turn[:, None] * scale
+        along = torch.stack([-now.sin(), now.cos()], -1) * turn[:, None] * 8
         axis.quiver(*(unit(now) * radius).T, *along.T, angles="xy", scale_units="xy", scale=1, width=0.008,
                     zorder=1.5)
 
