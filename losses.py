@@ -158,8 +158,9 @@ def reward(truth: Tensor, floor: bool = True) -> Tensor:
     This form gives a pair below zero no gradient. If all pairs start there, which depends on the seed, nothing ever
     moves. Without the floor the reward goes on below zero as s, with the slope that it has at zero.
     """
-    above = at_least_float32(truth).clamp(min=0).log1p()
-    return above if floor else above + at_least_float32(truth).clamp(max=0)
+    truth = at_least_float32(truth)
+    above = truth.clamp(min=0).log1p()
+    return above if floor else above + truth.clamp(max=0)
 
 
 def uto_batch(similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positives: Tensor | None = None,

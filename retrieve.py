@@ -11,9 +11,9 @@ if __name__ == "__main__":  # --help, a mistake in a flag and Ctrl-C need not wa
     start.first_look("retrieve")
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,7 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
     items, counts = image.unique_consecutive(return_counts=True)
     best = []                                                                  # of each word, its most similar region
     for item, captions in zip(items, caption.split(counts.tolist()), strict=True):
-        regions = images.tokens_of(item[None]).to(order.device, texts.tokens.dtype)                 # [R, D]
+        regions = images.tokens[images.offsets[item] : images.offsets[item + 1]].to(order.device, texts.tokens.dtype)
         for rows in texts.rows(captions).split(PIECE):
             words = texts.tokens.index_select(0, rows).to(order.device)                             # [n, D]
             best.append((regions @ words.T).amax(0).float())                                        # [n]
@@ -209,6 +209,13 @@ def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
     return (~(scores < truth) & ~right).sum(1) + 1  # not `scores >= truth`, which is False for a NaN
 
 
+def global_ranks(queries: Embeddings, corpus: Embeddings, query_image: Tensor, corpus_image: Tensor) -> Tensor:
+    """Ranks by the coarse vectors, [Q] long, in blocks of queries: the whole matrix of a large split never exists."""
+    size = max(1, BLOCK // len(corpus))
+    return torch.cat([ranks(block @ corpus.globals.T, own, corpus_image)
+                      for block, own in zip(queries.globals.split(size), query_image.split(size), strict=True)])
+
+
 def shortlist_ranks(indices: Tensor, scores: Tensor, query_image: Tensor, corpus_image: Tensor,
                     stage1: Tensor) -> Tensor:
     """Ranks after two stages, [Q] long, from `search`'s indices and scores [Q, K].
@@ -231,8 +238,8 @@ def metrics(i2t: Tensor, t2i: Tensor) -> dict:
 
 def recall(similarity: Tensor, image_of: Tensor) -> dict:
     """The metrics of a whole similarity matrix [images, captions]; image_of [captions], the image of each caption."""
-    image_of = torch.as_tensor(image_of, device=similarity.device)
     rows = torch.arange(len(similarity), device=similarity.device)
+    image_of = torch.as_tensor(image_of, device=rows.device)
     return metrics(ranks(similarity, rows, image_of), ranks(similarity.T, image_of, rows))
 
 
@@ -244,30 +251,23 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     image_of [captions] long. shortlist: captions for an image, images for a caption. exhaustive=False leaves out what
     needs every local similarity. find: used instead of `search`. Without tokens there is "global" alone.
     """
-    device = images.globals.device
-    image_of, rows = torch.as_tensor(image_of, device=device), torch.arange(len(images), device=device)
-    out, seconds, start = {}, {}, now(device)
-    dots = images.globals @ texts.globals.T
-    i2t, t2i = ranks(dots, rows, image_of), ranks(dots.T, image_of, rows)
-    out["global"], seconds["global"] = metrics(i2t, t2i), now(device) - start
+    image_of, rows = (of.to(images.globals.device) for of in (torch.as_tensor(image_of), torch.arange(len(images))))
+    out, seconds, start = {}, {}, perf_counter()
+    i2t, t2i = global_ranks(images, texts, rows, image_of), global_ranks(texts, images, image_of, rows)
+    out["global"], seconds["global"] = metrics(i2t, t2i), perf_counter() - start
     if images.tokens is None or texts.tokens is None:
         return {**out, "seconds": seconds}
-    start = now(device)
+    start = perf_counter()
     i2t = shortlist_ranks(*find(images, texts, shortlist[0], weight, reduction), rows, image_of, i2t)
     t2i = shortlist_ranks(*find(texts, images, shortlist[1], weight, reduction), image_of, rows, t2i)
-    out["two_stage"], seconds["two_stage"] = metrics(i2t, t2i), now(device) - start
+    out["two_stage"], seconds["two_stage"] = metrics(i2t, t2i), perf_counter() - start
     if exhaustive:
-        start = now(device)  # of both: "mixed" needs "local", so its seconds count it too
+        start = perf_counter()  # of both: "mixed" needs "local", so its seconds count it too
         local = local_matrix(images, texts, reduction)
-        out["local"], seconds["local"] = recall(local, image_of), now(device) - start
-        out["mixed"], seconds["mixed"] = recall(dots + weight * local, image_of), now(device) - start
+        out["local"], seconds["local"] = recall(local, image_of), perf_counter() - start
+        mixed = images.globals @ texts.globals.T + weight * local
+        out["mixed"], seconds["mixed"] = recall(mixed, image_of), perf_counter() - start
     return {**out, "seconds": seconds}
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":  # seconds count when the device has done all its work
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def main(argv: list[str] | None = None) -> int:

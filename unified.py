@@ -59,7 +59,7 @@ class Unified(USER):
 
     def scale_gradient(self, plain: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]: the same values, but only the share `fine_gradient` of the gradient flows back."""
-        return self.fine_gradient * plain + (1 - self.fine_gradient) * plain.detach()
+        return plain.detach().lerp(plain, self.fine_gradient)
 
     def encode_images(self, batch: Mapping[str, Tensor]) -> Encoded:
         """globals [I, D]; tokens and plain tokens [I, R, D], one per region; mask [I, R]."""

@@ -240,7 +240,7 @@ class MomentumContrast(nn.Module):
     """Momentum copies of both branches, and the queues of their keys (USER, momentum contrast).
 
     The copy follows the model by  copy <- r copy + (1 - r) model , its weights and BatchNorm's buffers alike (the
-    released code leaves the buffers as they began). It always encodes in eval mode, without dropout and with running
+    released code averages the weights alone). It always encodes in eval mode, without dropout and with running
     statistics. With a constant r it remembers its random start for about 1 / (1 - r) steps. With `warm` r grows,
     r = min(momentum, 1 - 1 / (steps + 1)), so that the copy is at first the mean of all the model's states so far.
     """

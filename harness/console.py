@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from sources.files import BadInput
 
-CLOSED = (errno.EPIPE, errno.EIO)  # the reader of our output, or the terminal, is gone
+# The reader of our output, or the terminal, is gone.
+CLOSED = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if os.name == "nt" else ()))
 MEMORY = "out of memory|(can't|cannot) allocate memory|alloc_failed"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

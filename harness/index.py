@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from harness.folder import best_checkpoint
 from retrieve import Embeddings
+from sources import files
 from sources.files import BadInput, append, check_folder, explained, locked, made, read_json, write_json
 
 BLOCK = 1024  # items encoded and written together
@@ -108,8 +109,8 @@ def replace(growing: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.index-replaced")
     shutil.rmtree(old, ignore_errors=True)  # the rest of an earlier call that was killed while it cleaned up
     if out.exists():
-        os.replace(out, old)
-    os.replace(growing, out)
+        files.replace(out, old)
+    files.replace(growing, out)
     (out / "progress.json").unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -94,14 +94,29 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
     )
 
 
+def gpu_fault() -> str:
+    """Why PyTorch cannot compute on a GPU here; nothing if it can."""
+    if not torch.cuda.is_available():
+        without = "" if torch.version.cuda or torch.version.hip else ", and was built without CUDA: see pytorch.org"
+        return f"PyTorch finds no GPU on this machine{without}"
+    try:
+        torch.ones(1, device="cuda").add_(1).item()
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        return "this PyTorch was not built for a GPU as old as this one: pytorch.org has older builds"
+    return ""
+
+
 def resolve(device: str, precision: str) -> tuple[torch.device, str]:
     """What "auto" means on this machine: its first GPU, else the CPU; bfloat16 on a GPU that has it, else float32.
 
     Also turns TF32 off in cuDNN. Raises BadInput for "cuda" where there is no GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no GPU on this machine; use --device cpu")
-    found = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    fault = "" if device == "cpu" else gpu_fault()
+    if device == "cuda" and fault:
+        raise BadInput(f"--device cuda: {fault}; use --device cpu")
+    found = torch.device("cpu" if device == "cpu" or fault else "cuda")
     if precision == "auto":  # older GPUs emulate bfloat16, and are slow with it
         fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if fast else "float32"

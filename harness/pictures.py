@@ -5,9 +5,9 @@ with --guide clip it also gives all splits their CLIP embeddings. The work itsel
 """
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from harness.settings import Settings
 from sources import layouts, networks, photos
 from sources.extract import Cache, check_same, fill
 from sources.features import InMemory, OneArray, Stored
-from sources.files import BadInput
+from sources.files import BadInput, check_folder
 
 
 def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, device: torch.device | str = "cpu",
@@ -180,7 +180,11 @@ def cache_folder(settings: Settings, folder: Path) -> Path:
     if settings.pictures.cache:
         return Path(settings.pictures.cache)
     root = settings.run.data_root
-    return (Path(root) if root and os.access(root, os.W_OK) else folder) / "cache"
+    if root and Path(root).is_dir():
+        with suppress(BadInput):
+            check_folder(Path(root))
+            return Path(root) / "cache"
+    return folder / "cache"
 
 
 def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], skip: bool, from_pictures: bool,

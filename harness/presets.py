@@ -3,7 +3,7 @@
 PAPER_USER = dict(
     text_layers=12, noise=0.2, guide="self",
     epochs=20, batch_size=128, lr=5e-4, text_lr=0.1, weight_decay=1e-4, warmup=0, drop_every=10)
-PAPER_COCO = dict(batch_size=40)
+PAPER_COCO = dict(batch_size=40, warmup=0)
 PAPER_COCO_USER = dict(epochs=25, drop_every=15, queue=4096, batch_weight=1.0)
 PAPER_SCENES = dict(  # the scenes' features have 181 numbers, which the heads do not divide
     text_encoder="from-scratch", text_layers=2, noise=0.0, region_width=184)

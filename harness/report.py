@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,10 +30,12 @@ def measure(model: nn.Module, split: data.Split, words: list[np.ndarray], settin
 
     exhaustive: as in `retrieve.evaluate`. dtype: the type of the tokens while searching, None for float32.
     """
-    start = retrieve.now(torch.device(device))
+    start = time.perf_counter()
     images = retrieve.encode(model, data.image_batches(split, 128), "image", len(split.features), device, precision)
     texts = retrieve.encode(model, data.text_batches(words, 256), "text", len(split.captions), device, precision)
-    seconds = retrieve.now(torch.device(device)) - start
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
     images, texts = images.to(dtype=dtype), texts.to(dtype=dtype)
     options = search_options(settings) | {"find": engines.search}
     result = retrieve.evaluate(images, texts, split.image_of, exhaustive=exhaustive, **options)
@@ -176,7 +179,7 @@ def report(model: nn.Module, splits: dict[str, data.Split], words: dict[str, lis
     if name == "val":
         print(f"{settings.run.dataset} has no test split here: these figures are of val, which chose the best epoch")
     result, images, texts = measure(model, splits[name], words[name], settings, device, precision)
-    write_json(out / "metrics.json", result)
+    write_json(out / "metrics.json", result | {"precision": precision})
     print(table(result))
     draw(model, splits[name], images, texts, words[name], tokenizer, settings, out)
     print(f"run folder: {out}")

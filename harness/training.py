@@ -88,12 +88,12 @@ class Run:
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """What is left of the epoch, on the device. The batches depend on the seed and the epoch alone."""
-        seed = (self.settings.run.seed, self.epoch)
         noise = data.CaptionNoise(self.tokenizer, chance) if (chance := self.settings.text.noise) else None
-        pairs = data.Pairs(self.splits["train"], self.words["train"], noise, seed)
+        pairs = data.Pairs(self.splits["train"], self.words["train"], noise, (self.settings.run.seed, self.epoch))
+        gpu = self.device.type == "cuda"  # it should not wait for the disk
         # A generator of the loader's own leaves the global one alone, on which an exact resume rests.
         loader = DataLoader(pairs, sampler=self.plan(self.epoch)[self.step :], batch_size=None,
-                            num_workers=self.workers, pin_memory=self.device.type == "cuda",
+                            num_workers=self.workers or min(4, torch.get_num_threads()) * gpu, pin_memory=gpu,
                             generator=torch.Generator(), worker_init_fn=console.ignore_interrupts)
         for batch in loader:
             ranks.reseed(self.settings.run.seed, self.epoch * self.steps_per_epoch + self.step)
@@ -136,7 +136,7 @@ class Run:
         folder.check_finite(self.model, self.out, self.epoch, self.step)
         val = self.evaluate(self.kept)  # before the epoch counts as done, since this may end with an error
         final = report.final(val)
-        line = {"epoch": self.epoch + 1, "loss": sum(self.losses) / len(self.losses),
+        line = {"epoch": self.epoch + 1, "loss": sum(self.losses) / len(self.losses), "precision": self.precision,
                 "lr": self.optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - self.started, 1),
                 "val": {name: val[name] for name in ("global", "two_stage") if name in val}}
         if self.kept is not self.model:  # to see what the average over the steps is worth

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from sources import photos
-from sources.files import BadInput, explained
+from sources.files import BadInput, explained, replace
 
 MOST_TEXT = 500_000_000  # bytes of a file of captions inside of an archive
 FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt",
@@ -65,7 +65,7 @@ def unpack(path: Path, wanted: dict[str, Path], quiet: bool = False) -> None:
             partial = target.with_name(f"{name}.partial")
             with archive.open(members[name]) as inside, open(partial, "wb") as file:
                 shutil.copyfileobj(inside, file)
-            os.replace(partial, target)
+            replace(partial, target)
     if hasattr(os, "sync"):  # not on Windows
         os.sync()  # the archive will be deleted next
 

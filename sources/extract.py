@@ -60,6 +60,9 @@ class Cache:
         except Timeout:
             print(f"another program is looking at these pictures, waiting for it ({lock.lock_file})", file=sys.stderr)
             lock.acquire()
+        except OSError as error:
+            raise BadInput(f"{lock.lock_file}: cannot be locked ({error.strerror or error}), as on some network file "
+                           "systems: take a folder on another disk, by --cache") from error
         try:
             self.store = Store(self.folder, self.key, self.arrays)
             yield

@@ -6,7 +6,6 @@ which is removed at the end. So a fetch that was killed goes on with what is who
 """
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 from sources import annotations, archives, hub, photos
 from sources.annotations import Entry
 from sources.download import FULL, HUB, Address, check, download
-from sources.files import BadInput, locked, write_whole
+from sources.files import BadInput, locked, replace, write_whole
 
 
 class Dataset(NamedTuple):
@@ -283,4 +282,4 @@ def save_captions(dataset: str, root: Path, source: Dataset, path: Path) -> None
     name = f"dataset_{dataset}.json"
     write_whole(root / WORK / name, lambda file: file.write(archives.karpathy_json(path, name)))
     checked(root / WORK / name, source.counts)
-    os.replace(root / WORK / name, root / name)
+    replace(root / WORK / name, root / name)

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import BinaryIO
 
 
@@ -48,7 +48,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace(partial, path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             partial.unlink()  # it takes room, and is of no use
@@ -56,6 +56,19 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+WINDOWS = os.name == "nt"
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace. On Windows it fails while another program reads the target, such as a virus scanner: wait a bit."""
+    for wait in (0.05, 0.2, 1, 3, 10) if WINDOWS else ():
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(wait)
+    os.replace(source, target)
 
 
 def append(path: Path, end: int, content: bytes) -> None:
@@ -90,8 +103,10 @@ def made(folder: Path) -> Iterator[None]:
 def check_folder(folder: Path) -> None:
     """Raises BadInput if a folder cannot be made, or if no file can be written into it. Leaves nothing behind."""
     try:
-        with made(folder), TemporaryFile(dir=folder):
-            pass
+        with made(folder):
+            probe = folder / f".{os.getpid()}.probe"  # not tempfile, which on Windows may try for ever
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise BadInput(f"{folder}: expected a folder that can be written: {error.strerror}") from error
 
@@ -111,6 +126,9 @@ def locked(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             raise BadInput(f"{folder}: another program is writing there; wait for it, or give another folder") from None
+        except OSError as error:
+            raise BadInput(f"{folder}: cannot be locked ({error.strerror or error}), as on some network file systems: "
+                           "take a folder on another disk") from error
         try:
             yield
         finally:

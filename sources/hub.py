@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -31,20 +33,30 @@ def within_reach(address: str = "") -> bool:
         return False
     answers: list[bool] = []
 
+    def knock(place: tuple) -> None:
+        with suppress(OSError):
+            socket.create_connection(place, WAIT).close()
+            answers.append(True)
+
     def connect() -> None:
         try:
             to = urlsplit(address or endpoint())
             proxies = {} if proxy_bypass(to.hostname or "") else getproxies()
             proxy = proxies.get(to.scheme) or proxies.get("all")
             at = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else to
-            socket.create_connection((at.hostname, at.port or (80 if at.scheme == "http" else 443)), WAIT).close()
-            answers.append(True)
+            port = at.port or (80 if at.scheme == "http" else 443)
+            found = {place[:2] for *_, place in socket.getaddrinfo(at.hostname, port, type=socket.SOCK_STREAM)}
         except (OSError, ValueError):  # an address that is none
-            pass
+            return
+        doors = [Thread(target=knock, args=(place,), daemon=True) for place in found]  # one may be of a dead network
+        for door in doors:
+            door.start()
+        while not answers and any(door.is_alive() for door in doors):
+            time.sleep(0.01)
 
-    knock = Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own
-    knock.start()
-    knock.join(WAIT)
+    search = Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own
+    search.start()
+    search.join(WAIT)
     return bool(answers)
 
 

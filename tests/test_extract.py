@@ -110,6 +110,16 @@ def test_features_computed_anew_elsewhere_are_still_the_run_s_data_and_other_pic
     assert folder.fingerprint(run(root, ALL)) != known
 
 
+def test_the_cache_of_a_folder_that_cannot_be_written_goes_to_the_run(root, seen, monkeypatch):
+    """On Windows and on some network file systems only an attempt tells whether it can."""
+    def check_folder(folder: Path) -> None:
+        raise BadInput("cannot be written")
+
+    monkeypatch.setattr(pictures, "check_folder", check_folder)
+    run(root, ALL)
+    assert (root / "run" / "cache").is_dir() and not (root / "cache").exists()
+
+
 def test_only_what_is_new_is_computed(root, seen):
     run(root, ALL[:3])
     run(root, ALL)

@@ -65,15 +65,32 @@ def test_a_name_that_nobody_looks_up_does_not_hang(monkeypatch):
     monkeypatch.setattr(hub, "WAIT", 0.2)
     never = threading.Event()
 
-    def hang(*given: object) -> None:
+    def hang(*given: object, **more: object) -> None:
         never.wait(30)
         raise OSError
 
-    monkeypatch.setattr(hub.socket, "create_connection", hang)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", hang)
     start = time.perf_counter()
     assert not hub.within_reach()
     assert time.perf_counter() - start < hub.WAIT + 2  # not the 30 of a hanging call
     never.set()
+
+
+def test_a_dead_address_of_a_name_does_not_hide_the_one_that_answers(monkeypatch):
+    monkeypatch.setattr(hub, "WAIT", 0.2)
+    places = [("::1", 443, 0, 0), ("127.0.0.1", 443)]  # IPv6 first, which many networks swallow
+    monkeypatch.setattr(hub.socket, "getaddrinfo", lambda *given, **more: [(0, 0, 0, "", place) for place in places])
+
+    def connect(place: tuple, wait: float) -> socket.socket:
+        if place[0] == "::1":
+            time.sleep(wait)
+            raise TimeoutError
+        return socket.socket()
+
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
+    assert hub.within_reach("https://hub.example")
+    del places[1]
+    assert not hub.within_reach("https://hub.example")
 
 
 def test_without_a_hub_one_knock_each_tells_which_files_to_fetch_and_where_to_put_them(monkeypatch, tmp_path):

@@ -63,7 +63,7 @@ def test_the_local_similarity_of_pairs_is_that_of_the_losses(corpus):
     for reduction, scale in (("sum", 1), ("mean", texts.offsets.diff())):
         for one in (image, torch.full_like(image, 3)):
             for other in (caption, torch.full_like(caption, 8)):
-                for local_of in (retrieve.local_of_pairs, engines.local_of_pairs):
+                for local_of in (retrieve.local_of_pairs, engines.local_of_pairs, engines.local_in_blocks):
                     ours = local_of(images, texts, one, other, reduction)
                     assert torch.allclose(ours, (want / scale)[one, other], atol=1e-5)
 
@@ -84,7 +84,8 @@ def test_the_engine_for_speed_finds_what_the_readable_search_finds(corpus, share
         for asked in (queries, queries[:1], queries[2:5]):
             for reduction in ("sum", "mean"):
                 want = retrieve.search(asked, found, 5, 2.0, reduction)
-                agree(retrieve.search(asked, found, 5, 2.0, reduction, engines.local_of_pairs), want)
+                for local_of in (engines.local_of_pairs, engines.local_in_blocks):  # the last one is for a GPU
+                    agree(retrieve.search(asked, found, 5, 2.0, reduction, local_of), want)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -234,6 +235,15 @@ def test_scores_of_another_shape_are_refused():
     for scores in (torch.zeros(3, 5), torch.ones(3)):
         with pytest.raises(ValueError, match="do not fit"):
             retrieve.recall(scores, torch.tensor([0]))
+
+
+def test_the_ranks_by_coarse_vectors_are_those_of_the_whole_matrix_in_blocks_of_any_size(corpus, monkeypatch):
+    images, texts = (Embeddings(side.kind, side.globals) for side in corpus)
+    image_of = torch.arange(len(texts)) % len(images)
+    want = retrieve.recall(images.globals @ texts.globals.T, image_of)
+    for block in (1, 40, 2**26):
+        monkeypatch.setattr(retrieve, "BLOCK", block)
+        assert retrieve.evaluate(images, texts, image_of)["global"] == want
 
 
 def test_a_constant_similarity_scores_nothing():

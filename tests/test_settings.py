@@ -47,7 +47,8 @@ def test_the_paper_preset_is_the_released_configuration():
     model = models.build(paper, tiny_bert(), 32)
     assert model.region_encoder.geometry[0].weight.shape == (32, 37)
     assert len(model.region_encoder.encoder.layers) == 4 and len(model.text_branch.global_encoder.layers) == 2
-    assert settings.make({"dataset": "coco", "preset": "paper"}).training.batch_size == 40
+    coco = settings.make({"dataset": "coco", "preset": "paper"}).training
+    assert (coco.batch_size, coco.warmup) == (40, 0)
     assert settings.make({"dataset": "coco", "preset": "paper", "batch_size": 8}).training.batch_size == 8
 
 
@@ -381,8 +382,19 @@ def test_device_and_precision_without_a_gpu():
         models.resolve("cuda", "auto")
 
 
-def test_a_gpu_without_bfloat16_gets_float32(monkeypatch):
+def test_a_gpu_that_pytorch_was_not_built_for_is_not_taken(monkeypatch):
+    def ones(*given: object, **more: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    assert models.resolve("auto", "auto") == (torch.device("cpu"), "float32")
+    with pytest.raises(BadInput, match="--device cuda: this PyTorch was not built for a GPU as old as this"):
+        models.resolve("cuda", "auto")
+
+
+def test_a_gpu_without_bfloat16_gets_float32(monkeypatch):
+    monkeypatch.setattr(models, "gpu_fault", lambda: "")
     for has_it, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
         assert models.resolve("auto", "auto") == (torch.device("cuda"), expected)

@@ -65,6 +65,33 @@ def test_two_trainings_do_not_share_a_folder(flags, tmp_path, capsys):
     assert train.main([*flags, "--epochs", "1"]) == 0 and not (out / ".lock").exists()
 
 
+def test_a_file_system_without_locks_is_named(flags, tmp_path, capsys, monkeypatch):
+    def acquire(*given: object, **more: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    refused(train.main, flags, capsys, str(tmp_path / "run"), "cannot be locked (No locks available)")
+
+
+def test_on_windows_a_file_that_somebody_reads_is_replaced_a_little_later(tmp_path, monkeypatch):
+    failures = [PermissionError(), PermissionError()]
+
+    def put(source: Path, target: Path) -> None:
+        if failures:
+            raise failures.pop()
+        os.rename(source, target)
+
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "replace", put)
+    files.write_whole(tmp_path / "best.pt", lambda file: file.write(b"new"))
+    assert (tmp_path / "best.pt").read_bytes() == b"new" and not failures
+    failures += [PermissionError(errno.EACCES, "Permission denied")] * 6
+    with pytest.raises(OSError, match="Permission denied"):
+        files.write_whole(tmp_path / "best.pt", lambda file: file.write(b"newer"))
+    assert (tmp_path / "best.pt").read_bytes() == b"new"
+
+
 def test_flags_beside_resume_are_compared_with_the_run_and_not_with_the_defaults(run, capsys):
     """A batch of 4 is the run's own, but too small for the three captions an image of the default preset."""
     assert train.main(resume(run, "--batch-size", "4", "--epochs", "1", "--quiet")) == 0
