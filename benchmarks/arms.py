@@ -550,8 +550,7 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "GPO starts as the mean, or at random": ("user, no guide, averaged, mean first", "user, no guide, averaged"),
     "GPO starts as the mean, or at random; BERT fine-tuned, after three of nine epochs": (
         "user, mean first, --epochs 3: epoch 3", "user: epoch 3"),
-    "GPO's score learnt at a tenth of the rate, or not; BERT fine-tuned, after five of nine epochs": (
-        "user, slow pooling, --epochs 5: epoch 5", "user: epoch 5"),
+    "GPO's score learnt at a tenth of the rate, or not; BERT fine-tuned": ("user, slow pooling", "user"),
     "the mean in place of GPO, or GPO": ("user, no guide, averaged, mean pooling", "user, no guide, averaged"),
     "GPO at a temperature of 1, or of 0.1": ("user, no guide, averaged, broad pooling", "user, no guide, averaged"),
     "GPO's score learnt at a tenth of the rate, or not": (
