@@ -39,7 +39,7 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
     """Encode the captions of a large batch in up to four groups, from short to long, and put them back in order.
 
     Otherwise all are padded to the longest, and half of the work on Flickr8K's captions would go into padding. A GPU
-    takes them all at once: there the start of four times as many operations would cost more than the padding.
+    takes them all at once, since groups would have it start four times as many operations. (Not measured on a GPU.)
     """
     lengths = batch["word_mask"].sum(1)
     order = lengths.argsort()

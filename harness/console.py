@@ -8,10 +8,10 @@ import signal
 import sys
 from collections.abc import Callable
 
-from sources.files import BadInput
+from sources.files import WINDOWS, BadInput
 
 # The reader of our output, or the terminal, is gone.
-CLOSED = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if os.name == "nt" else ()))
+CLOSED = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if WINDOWS else ()))
 MEMORY = "out of memory|(can't|cannot) allocate memory|alloc_failed"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

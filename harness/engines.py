@@ -66,9 +66,10 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
 
 def local_in_blocks(images: Embeddings, texts: Embeddings, image: Tensor, caption: Tensor,
                     reduction: str = "sum") -> Tensor:
-    """The same for a GPU: the tokens of some thousand pairs are gathered and padded, and take one batched product.
+    """The local similarity of P pairs on a GPU, image [P] and caption [P] as rows -> [P] float32.
 
-    A GPU gathers tokens fast. Image by image it would spend its time on starting small products.
+    The tokens of some thousand pairs are gathered and padded, and take one batched product. Image by image, a GPU would
+    start thousands of small products. (Not measured on a GPU.)
     """
     widest = [int(side.offsets.diff().max()) for side in (images, texts)]
     size = max(1, retrieve.BLOCK // (sum(widest) * images.tokens.shape[1]))

@@ -125,7 +125,7 @@ def parser(shown: settings.Settings) -> Parser:
     other = out.add_argument_group("Everything else")
     other.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     other.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
-                       help="processes that read features (default: none, 4 for a GPU) or decode pictures (8)")
+                       help="processes that read features (default: 4 for a GPU) or decode pictures (8)")
     other.add_argument("--pieces", type=whole(1, 16_384), metavar="N", default=1,
                        help="encode a batch in N pieces, to save memory; only with --model tgdt (default 1)")
     other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")

@@ -1,6 +1,7 @@
 """From settings to the things they describe: the text encoder, the model, the device."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -116,6 +117,8 @@ def resolve(device: str, precision: str) -> tuple[torch.device, str]:
     fault = "" if device == "cpu" else gpu_fault()
     if device == "cuda" and fault:
         raise BadInput(f"--device cuda: {fault}; use --device cpu")
+    if fault and torch.cuda.is_available():
+        print(f"warning: {fault}; the processor computes", file=sys.stderr)
     found = torch.device("cpu" if device == "cpu" or fault else "cuda")
     if precision == "auto":  # older GPUs emulate bfloat16, and are slow with it
         fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

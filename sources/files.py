@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+WINDOWS = os.name == "nt"
+
 
 class BadInput(ValueError):
     """Something that the user gave is wrong. The message is one clear line for people."""
@@ -56,9 +58,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
-
-
-WINDOWS = os.name == "nt"
 
 
 def replace(source: Path, target: Path) -> None:
