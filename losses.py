@@ -41,7 +41,7 @@ def hinge(similarity: Tensor, margin: float = 0.2, positives: Tensor | None = No
 
     similarity: [B, B], images by captions, true pairs on the diagonal.
     positives:  [B, B] bool, all true pairs; None means the diagonal alone. They are never negatives.
-    negatives:  "hardest" takes the worst negative of a row, as TGDT does. "mean" takes the mean over the negatives,
+    negatives:  "hardest" takes the hardest negative of a row, as TGDT does. "mean" takes the mean over the negatives,
                 which is gentler while the embeddings are still random.
     Returns a scalar. Raises ValueError if the matrix is not square or `negatives` is another word.
     """
@@ -118,13 +118,14 @@ def cmc(image_global: Tensor, text_global: Tensor, local: Tensor | None = None, 
 
 def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | None = None,
              teacher: Tensor | None = None, distill: float = 0.0) -> Tensor:
-    """InfoNCE, the loss of CLIP and before it of CPC; both directions summed, each a mean over the pairs.
+    """InfoNCE (CPC; CLIP, which takes half of this): both directions summed, each a mean over the pairs.
 
     Each row is a question with B answers, and the one on the diagonal is right: the cross-entropy of
     softmax(s / temperature). So is each column. similarity: [B, B], images by captions. positives: [B, B] bool, all
     true pairs; those off the diagonal are left out, and are neither right nor wrong answers. (An image with two
-    captions in the batch is two wrong answers to a third.) teacher: [B, B], the same similarities by a better model.
-    Its softmax gives the share `distill` of the target, the diagonal the rest (momentum distillation, ALBEF).
+    captions in the batch counts twice as a wrong answer to other captions.) teacher: [B, B], the same similarities by
+    a better model. Its softmax gives the share `distill` of the target, the diagonal the rest (momentum distillation,
+    ALBEF).
     """
     diagonal = with_diagonal(similarity, None)
     left_out = with_diagonal(similarity, positives) & ~diagonal
@@ -253,7 +254,7 @@ def tgdt_loss(images, texts, image_row: Tensor, margin: float = 0.2, intra_margi
     local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)[image_row]   # [B, B]
     globals_ = images.globals[image_row], texts.globals
     loss = cmc(*globals_, local, positives, margin, intra_margin, local_weight, negatives)
-    # CMC is a sum over the pairs and `contrast` a mean, so it counts B times.
+    # CMC is a sum over the pairs and `contrast` a mean, hence the factor B.
     return loss + len(image_row) * contrast(images, texts, image_row, reduction, **infonce)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import losses
 
 BLOCK = 2**26  # numbers computed at once, 256 MB, so that the memory of a search does not grow with the corpus
-PIECE = 512    # words gathered at once in stage 2: they fit into the cache of a processor
+PIECE = 512    # words gathered at once in stage 2: they fit into the cache of a CPU
 
 # ------------------------------------------------------------------------------------------------ what is searched
 
@@ -33,8 +33,8 @@ class Embeddings:
     """N encoded images or captions.
 
     kind: "image" or "text".  globals: [N, D] unit length.  tokens: unit length, None for a model without fine tokens.
-    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long; tokens alone
-    raise ValueError. They are held packed, without padding: item n has tokens[offsets[n] : offsets[n + 1]].
+    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long; tokens with
+    neither raise ValueError. They are held packed, without padding: item n has tokens[offsets[n] : offsets[n + 1]].
     """
 
     kind: str

@@ -37,7 +37,7 @@ def transformer(width: int, layers: int, heads: int, feedforward: int, dropout: 
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """[..., D] -> [..., D] of unit length, in float32 or better: in half precision the length is off by up to 0.4 %."""
+    """[..., D] -> [..., D] of unit length, in float32 or better: in bfloat16 the length is off by up to 0.5 %."""
     return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
@@ -94,7 +94,7 @@ def first_layers(bert: nn.Module, layers: int) -> nn.Module:
 class TokenGuidedEncoder(nn.Module):
     """Slots to tokens, tokens to one vector (TGDT, token-guided dual transformer).
 
-    The same module serves both branches. Slot 0 is the image token or [CLS]; what the *global* encoder makes of it is
+    Each branch has one of its own. Slot 0 is the image token or [CLS]; what the *global* encoder makes of it is
     the coarse embedding. Both encoders see the padding mask. Without it in the second one, as in the released code, the
     embedding of a caption changes with the longest caption of its batch.
     """

@@ -12,7 +12,7 @@ Read beside both papers' experiments, the details of training; docs/symbols.md l
 --preset small (the default) fits a laptop, and --preset paper has the released sizes and rates. `--help` lists every
 setting. A run leaves a folder with settings.json, checkpoint.pt (the last state), best.pt (the best by validation
 rsum), history.jsonl (one line per epoch), metrics.json and pictures. Ctrl-C saves and stops, and --resume goes on from
-there. On a processor it then gives bit for bit what the uninterrupted run would have given.
+there. On a CPU it then gives bit for bit what the uninterrupted run would have given.
 """
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def by_length(encode_texts: Callable[[Mapping], Encoded], batch: Mapping[str, Te
     if len(groups) == 1 or order.is_cuda:
         return encode_texts(batch)
     widths = [int(lengths[rows[-1]]) for rows in groups]
-    widths[-1] = batch["word_mask"].shape[1]  # so that the share of each GPU is as wide as the whole batch
+    widths[-1] = batch["word_mask"].shape[1]  # so that the shares of several processes have the same width
     parts = [encode_texts({name: batch[name][rows, :width] for name in ("word_ids", "word_mask")})
              for rows, width in zip(groups, widths, strict=True)]
     back = order.argsort()
@@ -152,8 +152,8 @@ def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:
 def learning_rate(step: int, steps_per_epoch: int, training) -> float:
     """The learning rate at a step, as a share of its peak: a factor from 0 to 1.
 
-    A linear warm-up, then as `training.schedule` says: "step" is x 0.1 after every `drop_every` epochs, "linear" falls
-    to 0, "constant" stays.
+    A linear warm-up, at most half of all steps, then as `training.schedule` says: "step" is x 0.1 after every
+    `drop_every` epochs, "linear" falls to 0, "constant" stays.
     """
     total = steps_per_epoch * training.epochs
     warmup = min(training.warmup, total // 2)

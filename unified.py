@@ -7,10 +7,10 @@
 
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from tokens that learn to be aligned as well.
 These are the plain tokens. The fine level, a small transformer that also sees the boxes of the regions, turns them into
-the fine tokens, which re-rank. Its gradient stops at the plain tokens: let through, it makes the coarse vectors worse.
+the fine tokens, which re-rank. Its gradient stops at the plain tokens, because it would make the coarse vectors worse.
 
 The loss is USER's, plus InfoNCE on the coarse vectors, on the plain tokens and on the fine tokens. On photographs half
-of what InfoNCE takes as right comes from the momentum copy, which soon is better than the model itself (momentum
+of each InfoNCE target comes from the momentum copy, which is soon better than the model itself (momentum
 distillation). docs/unified.md has the measurements behind these choices, docs/results.md compares with both papers.
 """
 from __future__ import annotations

@@ -76,7 +76,7 @@ class SelfGuidedEnhancement(nn.Module):
     def guide(self, regions: Tensor, mask: Tensor) -> Tensor:
         """The guide of each image, [B, F] of unit length (USER, SGE).
 
-        regions [B, R, F], mask [B, R] bool. Raises ValueError unless every image has `fixed_regions` regions.
+        regions [B, R, F], mask [B, R] bool. With `fixed_regions`, raises ValueError unless every image has that many.
         """
         if self.fixed_regions and (regions.shape[1] != self.fixed_regions or not mask.all()):
             fewest, most = mask.sum(1).aminmax()

@@ -464,9 +464,9 @@ UNIFIED = {  # the unified model beside its parents, and its parts
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE"),
     "the momentum copy teaches, or not; TGDT with InfoNCE": (
         "tgdt, averaged, InfoNCE, distilled", "tgdt, averaged, InfoNCE"),
-    "the copy gives half of the answers, or 0.8; USER with InfoNCE": (
+    "the copy gives half of each target, or 0.8; USER with InfoNCE": (
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 0.8"),
-    "the copy gives half of the answers, or all; USER with InfoNCE": (
+    "the copy gives half of each target, or all; USER with InfoNCE": (
         "user, no guide, averaged, InfoNCE, distilled", "user, no guide, averaged, InfoNCE, --distill 1"),
     "the copy's two-stage similarity teaches every level, or each level has its own teacher": (
         "unified, averaged, taught two-stage", "unified, averaged"),

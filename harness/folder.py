@@ -146,7 +146,7 @@ def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
 def fingerprint(split: data.Split) -> str:
     """A digest of a split: its captions, the image of each, and the features of some 16 to 32 of its images.
 
-    Features that a network computed from pictures differ a little between a GPU and a processor. So there the pictures
+    Features that a network computed from pictures differ a little between a GPU and a CPU. So there the pictures
     count, all of them. (The network is compared elsewhere, see `pictures.prepare`.)
     """
     hashed = hashlib.blake2b(digest_size=16)

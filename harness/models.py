@@ -118,7 +118,7 @@ def resolve(device: str, precision: str) -> tuple[torch.device, str]:
     if device == "cuda" and fault:
         raise BadInput(f"--device cuda: {fault}; use --device cpu")
     if fault and torch.cuda.is_available():
-        print(f"warning: {fault}; the processor computes", file=sys.stderr)
+        print(f"warning: {fault}; the CPU computes", file=sys.stderr)
     found = torch.device("cpu" if device == "cpu" or fault else "cuda")
     if precision == "auto":  # older GPUs emulate bfloat16, and are slow with it
         fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

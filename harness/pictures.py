@@ -130,7 +130,7 @@ def one(picture: Path | np.ndarray, settings: Settings, device: torch.device | s
 def kind(settings: Settings, splits: dict[str, data.Split], device: torch.device) -> str:
     """What --regions auto means for these splits: "files", or if a split has no features a network, which is told.
 
-    On a GPU it is the detector, whose regions are the papers' kind. On a processor it is the grid, which is faster.
+    On a GPU it is the detector, whose regions are the papers' kind. On a CPU it is the grid, which is faster.
     """
     if settings.pictures.regions != "auto" or settings.run.dataset == "scenes":
         return settings.pictures.regions

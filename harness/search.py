@@ -237,7 +237,7 @@ def answer(run: Searched, query: Embeddings, corpus: Embeddings, names: list[str
     if isinstance(corpus, served.Side):
         rows, scores, coarse = (found[:, :top] for found in corpus.search(query, *options))
     else:
-        query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the processor
+        query = query.to(corpus.globals.device)  # an index lies on the disk, and is searched by the CPU
         rows, scores = (found[:, :top] for found in engines.search(query, corpus, *options))
         coarse = torch.stack([corpus.globals[own] @ vector for vector, own in zip(query.globals, rows, strict=True)])
     rows, scores, coarse = rows.cpu(), scores.cpu(), coarse.cpu()

@@ -42,7 +42,7 @@ class Side:
         return self.manifest["counts"][self.kind]
 
     def search(self, queries: Embeddings, shortlist: int, weight: float, reduction: str) -> tuple[Tensor, ...]:
-        """`retrieve.search` -> rows [Q, K], scores [Q, K], and their global part [Q, K]; on the processor."""
+        """`retrieve.search` -> rows [Q, K], scores [Q, K], and their global part [Q, K]; on the CPU."""
         found = []
         for block in (queries[start : start + PIECE].to("cpu") for start in range(0, len(queries), PIECE)):
             rows, coarse = self.nearest(block.globals, min(shortlist, len(self)), not self.manifest["approximate"])

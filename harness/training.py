@@ -288,7 +288,7 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
 
 def train_guarded(train: Callable[[Run], bool], run: Run) -> bool:
     """Train; if nobody reads the output any more, save before the error goes on."""
-    # On a processor the fused attention has a slow backward pass; without it a step takes up to a fifth less.
+    # On a CPU the fused attention has a slow backward pass; without it a step takes up to a fifth less.
     attention = sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" else nullcontext()
     with run.interrupt, run.bar, attention:
         try:
