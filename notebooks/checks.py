@@ -76,7 +76,7 @@ def two_stage(function: Callable) -> bool:
     draw = torch.Generator().manual_seed(0)
     cases = []
     for k, weight in ((1, 10.0), (5, 10.0), (5, 0.0), (20, 10.0), (20, 100.0)):
-        coarse, local = torch.rand(20, generator=draw), torch.rand(20, generator=draw)
+        coarse, local = (2 * torch.rand(20, generator=draw) - 1 for _ in range(2))
         shortlist = sorted(range(20), key=lambda row, coarse=coarse: -float(coarse[row]))[:k]
         mixed = coarse + weight * local
         expected = sorted(shortlist, key=lambda row, mixed=mixed: -float(mixed[row]))
