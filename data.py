@@ -39,7 +39,7 @@ class Split:
     captions: list[str]                  # M, as written
     image_of: np.ndarray                 # [M] int64, caption -> row of its image
     features: InMemory | OneArray | ManyFiles | Stored | None  # None until they are computed from the pictures
-    image_names: list[str]               # N, a file name, an id or a row number
+    image_names: list[str]               # N, a file name, or "row 7" or "scene 7" if there is none
     pictures: Sequence[Path | np.ndarray | None]  # N, a file or pixels; None where there is no picture
     truth: scenes.Scenes | None = None   # what is where in a scene, to measure alignment (scenes only)
     clip: np.ndarray | None = None       # [N, E] the embeddings of a frozen CLIP (CGE only)
@@ -177,9 +177,6 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, split: Split, words: list[np.ndarray], noise: CaptionNoise | None = None,
                  seed: Sequence[int] = (0,)):
         self.split, self.words, self.noise, self.seed = split, words, noise, list(seed)
-
-    def __len__(self) -> int:
-        return len(self.words)
 
     def __getitem__(self, captions: Sequence[int]) -> dict[str, Tensor]:
         captions = np.asarray(captions, np.int64)

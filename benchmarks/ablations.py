@@ -83,7 +83,7 @@ def one(budget: str, arm: str, out: Path, argv: list[str]) -> int:
     return 0
 
 
-def measure(run: Run, more: bool = False) -> list[dict]:
+def measure(run: Run, more: bool) -> list[dict]:
     """The rows of a trained run, on val: each way of searching, the halves of val, and the epochs.
 
     On the scenes also the twins of test, which are twice as many as those of val. more: also shortlists of several

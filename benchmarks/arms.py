@@ -230,27 +230,27 @@ def full_queue(run: Run) -> Run:
 # ----------------------------------------------------------------------------------------------------- other losses
 
 
-def batch_unmasked(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+def batch_unmasked(model, momentum, batch, settings, precision, negatives) -> Tensor:
     """UTO in which other captions of an image count as negatives in the batch."""
     images, texts, keys, _ = train.forward(model, momentum, batch, settings, precision)
     return losses.uto(images.globals[batch["image_row"]], texts.globals, keys, None, **vars(settings.uto))
 
 
-def hinge_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+def hinge_alone(model, momentum, batch, settings, precision, negatives) -> Tensor:
     """The hinge in place of UTO, on the batch alone, a mean over the pairs."""
     (images, texts, _, _), row = train.forward(model, momentum, batch, settings, precision), batch["image_row"]
     similarity = images.globals[row] @ texts.globals.T
     return losses.hinge(similarity, settings.cmc.margin, row[:, None] == row, negatives) / len(row)
 
 
-def fine_alone(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+def fine_alone(model, momentum, batch, settings, precision, negatives) -> Tensor:
     """CMC's hinge on the local similarities alone: nothing trains the coarse vectors."""
     (images, texts, _, _), row = train.forward(model, momentum, batch, settings, precision), batch["image_row"]
     local = losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, settings.cmc.reduction)
     return losses.hinge(settings.cmc.local_weight * local[row], settings.cmc.margin, row[:, None] == row, negatives)
 
 
-def entropy_of_pooling(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+def entropy_of_pooling(model, momentum, batch, settings, precision, negatives) -> Tensor:
     """The model's own loss, less the entropy of GPO's weights, of the images and of the captions."""
     loss = train.batch_loss(model, momentum, batch, settings, precision, negatives)
     for pool, mask in ((model.image_pool, batch["region_mask"]), (model.text_pool, batch["word_mask"])):
@@ -259,14 +259,14 @@ def entropy_of_pooling(model, momentum, batch, settings, precision="float32", ne
     return loss
 
 
-def fewer_regions(model, momentum, batch, settings, precision="float32", negatives="hardest") -> Tensor:
+def fewer_regions(model, momentum, batch, settings, precision, negatives) -> Tensor:
     """The model's own loss on images that lack a fifth of their regions, drawn anew for each batch."""
     mask = batch["region_mask"]
     kept = mask & (torch.rand(mask.shape, device=mask.device) >= 0.2)
     return train.batch_loss(model, momentum, dict(batch) | {"region_mask": kept}, settings, precision, negatives)
 
 
-def other_unified(model, momentum, batch, settings, precision="float32", negatives="hardest", change="") -> Tensor:
+def other_unified(model, momentum, batch, settings, precision, negatives, change) -> Tensor:
     """The unified model's loss with one change.
 
     change: "plain" leaves out InfoNCE on the fine tokens, so the fine level is never trained and the fine tokens stay

@@ -29,13 +29,16 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     """Decide where the data lives, by default in data/<dataset>, and fetch what is missing of a published dataset.
 
     What the folder has is used as it is. check=True (--fetch-only) also fetches and checks pictures that a run would
-    not need, except with --regions files. Raises BadInput if the dataset is not one that can be fetched, or if fetching
+    not need, except with --regions files. Raises BadInput if the dataset has no files to fetch or to find, or if fetching
     fails.
     """
     dataset = settings.run.dataset
     if dataset not in fetch.SOURCES:
         if check:
             raise BadInput(f"--fetch-only: --dataset {dataset} is not fetched from anywhere")
+        if dataset == "scenes" and settings.run.data_root:
+            raise BadInput(f"--data-root {settings.run.data_root}: the built-in scenes have no files; give --dataset "
+                           "folder, flickr8k, flickr30k or coco")
         return
     root = data_root(settings)
     settings.run.data_root = str(root)

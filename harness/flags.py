@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from harness import __version__, settings
+from harness import __version__, qdrant, settings
 from sources.files import BadInput
 
 ABOUT = """\
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: object):
         narrow = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=79)
-        super().__init__(**{"allow_abbrev": False, "formatter_class": narrow} | options)
+        super().__init__(allow_abbrev=False, formatter_class=narrow, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """As in argparse, which calls this for every parser. Also refuses two kinds of arguments that it accepts."""
@@ -63,11 +63,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message, suggest the flag that is nearest to an unknown one, and exit with code 2."""
         words, hint = message.split(), f"{self.prog} --help lists all flags"
-        for unknown in words[2:] if words[0] == "unrecognized" else []:
-            name = unknown.split("=")[0].strip("-")
-            if (near := difflib.get_close_matches(name, all_names(self), 1)) and near[0] != name:
-                hint = f"did you mean --{near[0]}? {self.prog} --help lists all flags"
-                break
+        unknown = words[2] if words[0] == "unrecognized" else ""
+        name = unknown.split("=")[0].strip("-")
+        if unknown and not unknown.startswith("-") and self.prog == "retrieve.py":
+            hint = f"put quotes around a caption of several words; {hint}"
+        elif unknown.startswith("-") and (near := difflib.get_close_matches(name, all_names(self), 1)) != [name]:
+            hint = f"did you mean --{near[0]}? {hint}" if near else hint
         self.exit(2, f"error: {' '.join(words)}\n{hint}\n")
 
 
@@ -131,7 +132,7 @@ def parser(shown: settings.Settings) -> Parser:
     other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
     other.add_argument("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     other.add_argument("--fetch-only", action="store_true", help="fetch data and networks, and stop")
-    other.add_argument("--quiet", action="store_true", help="no progress bar, no line after an epoch")
+    other.add_argument("--quiet", action="store_true", help="no progress bar while training, no line after an epoch")
     other.add_argument("--log", choices=("tensorboard", "wandb"), help="send history.jsonl there too, if installed")
     other.add_argument("--print-settings", action="store_true", help="print what the flags amount to, and exit")
     other.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
@@ -173,7 +174,7 @@ def lengths(text: str) -> list[int]:
 
 def place(text: str) -> Path | str:
     """The folder of a run or an index, or the address of an index in Qdrant."""
-    return text if text.startswith(("qdrant:", "qdrants:")) else path(text)
+    return text if qdrant.is_address(text) else path(text)
 
 
 def search_parser() -> Parser:

@@ -6,6 +6,7 @@ weights, so that it can be moved to another machine and searched there.
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from harness.settings import Settings
 from sources.features import Stored
 from sources.files import BadInput, explained, read_weights
 
-PARTS = ("settings.json", "checkpoint.pt", "best.pt", "tokenizer")  # of a run folder
+PARTS = ("settings.json", "checkpoint.pt", "best.pt", "tokenizer", "history.jsonl", "metrics.json", "curves.png",
+         "retrieval.png", "alignment.png", "guide.png")  # of a run folder
 # What every checkpoint of ours holds.
 CHECKPOINT = {"settings": dict, "feature_dim": int, "seen": dict, "bert": dict, "train_data": str, "model": dict,
               "epoch": int}
@@ -66,11 +68,12 @@ def read_checkpoint(path: Path) -> dict:
 def read_settings(folder: Path) -> Settings:
     """The settings of the run in `folder`. Raises BadInput if there is no run."""
     if not (folder / "settings.json").is_file():
-        raise BadInput(f"{folder}: no run here (no settings.json)")
+        known = "; it is an index: name its run" if (folder / "manifest.json").is_file() else ""
+        raise BadInput(f"{folder}: no run here (no settings.json){known}")
     return settings_.read(folder / "settings.json")
 
 
-MAY_CHANGE = ("data_root", "cache", "region_weights", "clip_model", "skip_bad")  # where things lie, not what they are
+MAY_CHANGE = ("data_root", "cache", "region_weights", "clip_model", "skip_bad")  # where files lie; bad pictures
 
 
 def resumed_settings(folder: Path, given: dict) -> Settings:
@@ -99,9 +102,23 @@ def check_settings(path: Path, checkpoint: dict, settings: Settings) -> None:
         known = checkpoint["settings"].get(group)
         for name, value in inside.items():
             before = known.get(name) if isinstance(known, dict) else None
-            if before != value and name not in (*MAY_CHANGE, "epochs", "regions"):
+            if before != value and name not in (*MAY_CHANGE, "epochs"):
                 raise BadInput(f"{path} was made with {settings_.flag(name)} {before}, but settings.json beside it "
                                f"says {value}")
+
+
+def last_checkpoint(folder: Path, settings: Settings) -> dict | None:
+    """checkpoint.pt, to go on from; None if there is none yet. Raises BadInput if it or best.pt is damaged."""
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        return None
+    checkpoint = read_checkpoint(path)
+    check_settings(path, checkpoint, settings)
+    if (best := folder / "best.pt").exists():
+        read_checkpoint(best)
+    elif checkpoint["epoch"] > 0:
+        print(f"warning: {best} is missing; the best epoch from now on takes its place", file=sys.stderr)
+    return checkpoint
 
 
 def open_run(folder: Path) -> Opened:

@@ -11,7 +11,7 @@ from sources.files import BadInput
 def open_log(kind: str | None, out: Path, settings: settings_.Settings) -> Callable[[dict], None]:
     """A function that takes a line of history. kind: "tensorboard", "wandb" or None.
 
-    Raises BadInput if the library is not installed.
+    Raises BadInput if the library is not installed, or if it refuses.
     """
     try:
         if kind == "tensorboard":

@@ -4,9 +4,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
+import data
 import tgdt
 import unified
 import user
@@ -19,8 +21,8 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
     """BERT, cut to the layers wanted, and its tokenizer.
 
     "from-scratch" is a small BERT of random weights over the words of the scenes. Any other name is a local folder or a
-    model of huggingface.co. Raises BadInput if there is none, or if it has too few layers. Never runs code that comes
-    with a model.
+    model of huggingface.co. Raises BadInput if it cannot be had or does not fit. Never runs code that comes with a
+    model.
     """
     name, dropout = settings.text.text_encoder, settings.architecture.dropout
     if name == "from-scratch":
@@ -93,6 +95,21 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
         bert, feature_dim, shape.dim, shape.region_width, shape.region_layers, shape.local_layers,
         shape.global_layers, shape.heads, shape.feedforward, shape.dropout,
     )
+
+
+def warn(splits: dict[str, data.Split], words: dict[str, list[np.ndarray]], tokenizer: BertTokenizer) -> None:
+    """Say on standard error what makes the figures of a run worth little: few images, or words that BERT lacks."""
+    for name in splits.keys() - {"train"}:
+        if (count := len(splits[name].image_names)) < 10:
+            print(f"warning: the {name} split has {count} images, so its figures say little", file=sys.stderr)
+    warn_of_unknown(words["train"], tokenizer)
+
+
+def warn_of_unknown(words: list[np.ndarray], tokenizer: BertTokenizer) -> None:
+    """Say on standard error if the text encoder does not know more than one in a hundred of the word pieces."""
+    pieces = np.concatenate([ids[1:-1] for ids in words])
+    if (unknown := int((pieces == tokenizer.unk_token_id).sum())) > 0.01 * len(pieces):
+        print(f"warning: the text encoder does not know {unknown:,} of {len(pieces):,} word pieces", file=sys.stderr)
 
 
 def gpu_fault() -> str:

@@ -170,9 +170,8 @@ def makers_of_networks(settings: Settings, device: torch.device | str) -> dict[s
 
 def regions_network(settings: Settings, device: torch.device | str):
     of = settings.pictures
-    scenes = settings.run.dataset == "scenes" and of.regions == "auto"
-    return networks.regions_network("scenes" if scenes else of.regions, of.region_network, of.region_weights, of.boxes,
-                                    of.picture_side, settings.enhancement.clip_model, device)
+    return networks.regions_network(of.regions, of.region_network, of.region_weights, of.boxes, of.picture_side,
+                                    settings.enhancement.clip_model, device)
 
 
 def cache_folder(settings: Settings, folder: Path) -> Path:

@@ -205,7 +205,8 @@ def run_search(args: argparse.Namespace) -> None:
         rows, found = answer(run, run.image(split, row), corpus, names, args.top)
         report.show(args.image, found[0], args.json, fine)
     else:
-        data.tokenize(captions, run.tokenizer, run.settings.text.longest)  # names a bad one before any is answered
+        words = data.tokenize(captions, run.tokenizer, run.settings.text.longest)  # names a bad one before any answer
+        models.warn_of_unknown(words, run.tokenizer)
         blocks = range(0, len(captions), QUERIES)
         for start in tqdm(blocks, desc="search", unit=f"{QUERIES} queries", disable=len(blocks) == 1):
             asked = captions[start : start + QUERIES]

@@ -142,12 +142,12 @@ def evaluate(opened: Index, side: Callable[[str], Embeddings], image_of: Sequenc
     start = time.perf_counter()
     images, texts = side("image").to("cpu"), side("text").to("cpu")
     encoded, image_of, rows = time.perf_counter(), torch.as_tensor(image_of), torch.arange(len(images))
-    dots, ranks = images.globals @ texts.globals.T, []
-    for corpus, queries, k, stage1, query_image, corpus_image in (
-            (opened.texts, images, shortlist[0], dots, rows, image_of),
-            (opened.images, texts, shortlist[1], dots.T, image_of, rows)):
+    ranks = []
+    for corpus, queries, here, k, query_image, corpus_image in (
+            (opened.texts, images, texts, shortlist[0], rows, image_of),
+            (opened.images, texts, images, shortlist[1], image_of, rows)):
         found, scores, _ = corpus.search(queries, k, weight, reduction)
-        stage1 = retrieve.ranks(stage1, query_image, corpus_image)
+        stage1 = retrieve.global_ranks(queries, here, query_image, corpus_image)
         ranks.append(retrieve.shortlist_ranks(found, scores, query_image, corpus_image, stage1))
     name = "two_stage" if opened.manifest["tokens"] else "global"
     return {"split": opened.manifest["split"], "images": len(images), "captions": len(texts),

@@ -201,9 +201,7 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
                        f"{settings.run.model} takes its statistics from the whole batch")
     where, precision = models.resolve(device, settings.run.precision)
     torch.manual_seed(settings.run.seed)
-    last = folder.read_checkpoint(out / "checkpoint.pt") if resume and (out / "checkpoint.pt").is_file() else None
-    if last:
-        folder.check_settings(out / "checkpoint.pt", last, settings)
+    last = folder.last_checkpoint(out, settings) if resume else None
     root = settings.run.data_root
     say = partial(print, file=sys.stderr) if not quiet else lambda text: None
     say(f"loading the data: {settings.run.dataset}")
@@ -226,6 +224,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     if (queue := of.queue if settings.run.model != "tgdt" else 0) or of.keep == "momentum":
         momentum = MomentumContrast(model, settings.architecture.dim, queue, of.momentum, warm=True).to(where)
     words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
+    if torchrun.number() == 0:
+        models.warn(splits, words, tokenizer)
     if torchrun.number() == 0 and not known:
         with explained(out / "tokenizer", "a folder that can be written"):
             tokenizer.save_pretrained(out / "tokenizer")
@@ -257,8 +257,8 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
         first, quiet = torchrun.number() == 0, options.quiet or torchrun.number() > 0
         if options.resume:
             settings = folder.resumed_settings(out, given)
-        elif first and any((out / name).exists() for name in folder.PARTS):
-            raise BadInput(f"{out} already holds a run: go on with it by --resume, or give another folder by --out")
+        elif first and (found := [name for name in folder.PARTS if (out / name).exists()]):
+            raise BadInput(f"{out} already holds a run's {found[0]}: go on by --resume, or give another --out")
         try:
             with torchrun.first_alone():  # it fetches and computes; the others then find it done
                 if settings.pictures.cache:

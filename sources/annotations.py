@@ -111,9 +111,11 @@ def read_coco(root: Path, splits: Sequence[str]) -> list[Entry]:
 
 def read_own(root: Path, split_seed: int) -> list[Entry]:
     """The annotations of a folder of your own: captions.csv, captions.jsonl, or one dataset_*.json like Karpathy's."""
-    for path in (root / "captions.csv", root / "captions.jsonl"):
-        if path.is_file():
-            return read_table(path, split_seed)
+    tables = [path for path in (root / "captions.csv", root / "captions.jsonl") if path.is_file()]
+    if len(tables) == 2:
+        raise BadInput(f"{root}: has captions.csv and captions.jsonl, expected one of them")
+    if tables:
+        return read_table(tables[0], split_seed)
     found = sorted(path for pattern in ("dataset*.json", "annotations/dataset*.json") for path in root.glob(pattern)
                    if path.is_file())
     if len(found) != 1:
@@ -138,9 +140,13 @@ def read_table(path: Path, split_seed: int) -> list[Entry]:
             raise BadInput(f"{where}: {file} has split {split or 'none'} here, but {entry.split or 'none'} above, "
                            f"in {entry.where}")
         entry.captions.append(caption)
+    if not entries:
+        raise BadInput(f"{path}: no captions")
     without_split = [entry for entry in entries.values() if not entry.split]
     if not without_split:
-        return checked(list(entries.values()))
+        if lacking := {"train", "val"} - {entry.split for entry in checked(list(entries.values()))}:
+            raise BadInput(f"{path}: no picture has split {min(lacking)}; without the column split, splits are drawn")
+        return list(entries.values())
     if len(without_split) < len(entries):
         raise BadInput(f"{without_split[0].where}: no split, but other lines of the file have one")
     if len(entries) < 4:

@@ -1,7 +1,7 @@
 """Drawing: the objects of the built-in scenes, twin scenes, and the pictures of them.
 
-A scene has three to six flat shapes. Most scenes have a twin, whose story differs in one detail only. `paint` pastes the
-shapes with smooth edges on a clouded ground, under uneven light.
+A scene has three to six flat shapes. Most scenes have a twin, whose story differs in one detail only. `paint` pastes
+the shapes with smooth edges on a clouded ground, under uneven light.
 
 All machines draw the same bytes. Every choice comes from `RandomState`, whose stream NumPy has frozen, as doubles or
 bytes (its integers depend on the platform), and all else is computed in integers or in floats that are exact.

@@ -62,7 +62,7 @@ SOURCES = {
 }
 TERMS = ("The pictures belong to the people who took them and stay under the terms of Flickr: use them for research, "
          "and do not pass them on.")
-WORK = "fetching"  # the folder of what is not finished
+WORK = ".fetching"  # the folder of what is not finished; it is deleted in the end
 
 
 class Part(NamedTuple):
@@ -232,7 +232,8 @@ def within_reach(root: Path, parts: list[Part]) -> dict[str, bool]:
                  for part in lost]
         raise BadInput(f"there is no network: {' and '.join(host for host in hosts if not answers[host])} cannot be "
                        f"reached. Fetch on another machine: {'; '.join(files)}. Put these files into {root} as they "
-                       "are, and start again. --dataset scenes and --dataset folder need no network")
+                       "are, and start again. HF_ENDPOINT can name a mirror of the hub. --dataset scenes and --dataset "
+                       "folder need no network")
     return reached
 
 

@@ -57,7 +57,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
         if not isinstance(cause, OSError):
             raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
 
 
 def replace(source: Path, target: Path) -> None:
@@ -164,4 +164,5 @@ def read_weights(path: Path, expected: str, allowed: Sequence[type] = ()) -> obj
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways; its long messages recommend unsafe loading
-        raise BadInput(f"{path}: expected {expected} ({type(error).__name__})") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise BadInput(f"{path}: expected {expected} ({reason})") from error

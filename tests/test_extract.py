@@ -25,7 +25,7 @@ from sources.files import BadInput
 class Means:
     """A network that says of a picture its mean colour; it remembers which it has seen."""
 
-    batch_size, device = 2, torch.device("cpu")
+    batch_size = 2
 
     def __init__(self, seen: list, weights: str = "w"):
         self.seen, self.prepare = seen, prepare

@@ -31,6 +31,8 @@ def test_without_a_network_the_command_says_what_to_do(tmp_path, monkeypatch, ca
     assert "flickr30k-images.zip" in message and "4.4 GB" in message and "--dataset scenes" in message
     assert train.main(["--dataset", "scenes", "--fetch-only"]) == 2
     assert "is not fetched from anywhere" in capsys.readouterr().err
+    assert train.main(["--data-root", "photos"]) == 2
+    assert "the built-in scenes have no files; give --dataset folder" in capsys.readouterr().err
     assert train.main(["--dataset", "flickr8k", "--regions", "files", "--fetch-only"]) == 2
     assert "not of flickr8k" in capsys.readouterr().err
 

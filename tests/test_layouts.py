@@ -414,7 +414,7 @@ def test_bottom_up_coco_bad_annotations(coco):
 
 def test_no_features(tmp_path):
     bad(lambda: layouts.read("flickr30k", tmp_path / "none"), str(tmp_path / "none"), "no such folder")
-    bad(lambda: layouts.read("flickr30k", None), "--data-root")
+    bad(lambda: layouts.read("flickr30k", None), "name the folder with its files by --data-root")
     bad(lambda: layouts.read("imagenet", tmp_path), "imagenet", "flickr30k")
     everywhere = ("train_ims.npy", "f30k_precomp", "features_36", "kuanghuei/SCAN", "mesnico/TERAN",
                   "dataset_flickr30k.json")
@@ -514,6 +514,8 @@ def test_tables_as_other_programs_write_them(tmp_path):
     ("file,caption,split\n1.jpg,a dog,train\n1.jpg,a cat,val", ["line 3", "1.jpg", "split val", "train above"]),
     ("file,caption,split\n1.jpg,a dog,train\n2.jpg,a cat,", ["line 3", "no split"]),
     ("file,caption\n1.jpg,a dog", ["1 pictures", "at least 4"]),
+    ("file,caption", ["no captions"]),
+    ("file,caption,split\n1.jpg,a dog,train\n2.jpg,a cat,test", ["no picture has split val", "splits are drawn"]),
     ("file,caption,Caption\n1.jpg,a dog,a hound", ["line 1", "two columns are called caption"]),
 ])
 def test_bad_tables(tmp_path, text, expected):
@@ -539,6 +541,12 @@ def test_a_picture_has_one_entry_and_a_name_of_its_own(tmp_path):
 
 def test_no_table_or_too_many(tmp_path):
     bad(lambda: annotations.read_own(tmp_path, 0), "captions.csv", "captions.jsonl", "found 0")
+    tables = [tmp_path / name for name in ("captions.csv", "captions.jsonl")]
+    for table in tables:
+        table.touch()
+    bad(lambda: annotations.read_own(tmp_path, 0), "has captions.csv and captions.jsonl")
+    for table in tables:
+        table.unlink()
     for name in ("a", "b"):
         write_json(tmp_path / f"dataset_{name}.json", {"images": [karpathy_image("1.jpg", "train", ["a dog"])]})
     bad(lambda: annotations.read_own(tmp_path, 0), "found 2")

@@ -376,3 +376,12 @@ def test_the_loss_of_each_model_knows_which_captions_share_an_image():
         (coarse @ texts.globals.T, plain, local), taught_by, strict=True))
     found = losses.unified_loss(images, texts, row, keys, {"mu": 8.0}, **nce, distill=0.3, teacher=teacher)
     assert torch.isclose(found, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_words_of_half_precision_are_summed_in_float32(dtype):
+    regions, words = random_tokens(2, 3, 8).to(dtype), random_tokens(2, 40, 8, seed=1).to(dtype)
+    masks = [torch.ones(tokens.shape[:2], dtype=torch.bool) for tokens in (regions, words)]
+    found = losses.local_similarity(regions, masks[0], words, masks[1])
+    best = torch.stack([(r @ w.T).amax(0) for r in regions for w in words]).float().sum(1).view(2, 2)
+    assert found.dtype == torch.float32 and torch.allclose(found, best, atol=1e-5)

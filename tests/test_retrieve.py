@@ -279,3 +279,24 @@ def test_a_shortlist_miss_is_a_miss():
     ranks = retrieve.shortlist_ranks(torch.tensor([[3, 7]] * 2), torch.tensor([[0.9, 0.8]] * 2), torch.tensor([7, 7]),
                                      torch.arange(10), torch.tensor([3, 2]))
     assert ranks.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_words_of_half_precision_are_summed_in_float32(corpus, dtype):
+    images, texts = (side.to(dtype=dtype) for side in corpus)
+    pair = torch.tensor([3]), torch.tensor([8])
+    best = (images.tokens_of(pair[0]) @ texts.tokens_of(pair[1]).T).amax(0)
+    found = retrieve.local_of_pairs(images, texts, *pair)
+    assert found.dtype == torch.float32 and torch.allclose(found, best.float().sum(), atol=1e-6)
+
+
+def test_without_tokens_on_one_side_the_order_of_stage_1_stands(corpus):
+    images, texts = corpus
+    found = retrieve.search(texts, Embeddings("image", images.globals), shortlist=12)[0]
+    assert torch.equal(found, (texts.globals @ images.globals.T).argsort(1, descending=True))
+
+
+def test_the_last_of_a_shortlist_may_become_the_first():
+    ranks = retrieve.shortlist_ranks(torch.tensor([[7, 3]]), torch.tensor([[0.9, 0.8]]), torch.tensor([7]),
+                                     torch.arange(10), torch.tensor([2]))
+    assert ranks.tolist() == [1]

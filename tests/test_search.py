@@ -57,6 +57,8 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red dog\na small ball\n")))
     assert retrieve.main(["search", out, "--queries", "-", "--json", "--top", "2"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    assert retrieve.main(["search", out, "a zebra", "--json"]) == 0
+    assert "does not know 1 of 2 word pieces" in capsys.readouterr().err
     alone = answers_of(out, "a red dog", capsys)
     assert [found["row"] for found in lines[0]["found"]] == [found["row"] for found in alone]
     assert lines[0]["found"][0]["score"] == pytest.approx(alone[0]["score"], abs=1e-4)

@@ -255,7 +255,7 @@ def test_help_fits_80_columns_and_shows_the_defaults_of_the_preset(given, capsys
     (["--epoch", "5"], "--epochs"), (["--learning-rte=1"], ""), (["--datset", "coco"], "--dataset"),
     (["--batchsize", "8"], "--batch-size"), (["--dataset", "flickr"], "flickr30k"), (["--lr", "fast"], "--lr"),
     (["--workers", "-1"], "from 0 to 256"), (["--optimizer", "adam"], ""), (["--xyz", "a\nb"], ""),
-    (["--text-encoder", ""], "found nothing"), (["--clip-model", ""], "found nothing"),
+    (["scenes"], ""), (["--text-encoder", ""], "found nothing"), (["--clip-model", ""], "found nothing"),
 ])
 def test_a_mistake_in_a_flag_takes_two_lines(arguments, said, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -272,6 +272,9 @@ def test_the_parser_knows_the_flags_of_its_commands(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["search", "--querys", "x"])
     assert "did you mean --queries?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["search", "dog", "runs"])
+    assert "put quotes around a caption of several words" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # a flag of another command is no misspelling
         parser.parse_args(["page", "--queries", "x"])
     assert "did you mean" not in capsys.readouterr().err

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,8 +44,8 @@ def test_a_run_leaves_its_folder_and_prints_the_table(flags, tmp_path, capsys):
     assert metrics["split"] == "val" and metrics["images"] == 4 and metrics["captions"] == 8
     assert {"global", "local", "two_stage"} <= metrics.keys()
     assert set(metrics["two_stage"]["i2t"]) == {"r1", "r5", "r10", "median_rank", "mean_rank"}
-    text = capsys.readouterr().out
-    assert "no test split" in text
+    text, warned = capsys.readouterr()
+    assert "no test split" in text and "the val split has 4 images" in warned and "word pieces" not in warned
     assert all(name in text for name in ("global only", "exhaustive local", "two-stage"))
 
     # The evaluation of the run folder says the same, also after the text encoder's own folder is gone.
@@ -290,7 +291,7 @@ def refused(arguments: list[str], capsys, *said: str) -> None:
     before = {p: p.read_bytes() for p in Path(arguments[arguments.index("--out") + 1]).rglob("*") if p.is_file()}
     assert train.main(arguments) == 2
     *before_it, message = capsys.readouterr().err.splitlines()
-    assert message.startswith("error: ") and all(line.startswith("loading ") for line in before_it)
+    assert message.startswith("error: ") and all(line.startswith(("loading ", "warning: ")) for line in before_it)
     for words in said:
         assert words in message
     after = {p: p.read_bytes() for p in Path(arguments[arguments.index("--out") + 1]).rglob("*") if p.is_file()}
@@ -314,8 +315,9 @@ def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "settings.json")
 
 
-def test_a_folder_with_a_tokenizer_of_somebody_else_is_left_alone(flags, tmp_path, capsys):
-    mine = tmp_path / "run" / "tokenizer" / "mine.txt"
+@pytest.mark.parametrize("name", ["tokenizer/mine.txt", "metrics.json", "guide.png"])
+def test_files_of_somebody_else_are_left_alone(flags, tmp_path, capsys, name):
+    mine = tmp_path / "run" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     refused(flags, capsys, "already holds a run")  # compares the folder before and after
@@ -543,3 +545,11 @@ def test_searching_what_is_not_there_ends_in_one_line(tmp_path, capsys):
         assert retrieve.main(arguments) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and said in message
+
+
+def test_the_copy_encodes_in_the_precision_of_the_model(monkeypatch):
+    chosen, seen = settings.make({"model": "user"}), []
+    monkeypatch.setattr(train, "encode", lambda of, batch, precision, *rest, **more: (seen.append(precision), None))
+    monkeypatch.setattr(train, "momentum_keys", lambda *given: None)
+    train.forward(None, SimpleNamespace(update=lambda model: None, encoder=None), {}, chosen, "bfloat16")
+    assert seen == ["bfloat16", "bfloat16"]
