@@ -29,8 +29,8 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     """Decide where the data lives, by default in data/<dataset>, and fetch what is missing of a published dataset.
 
     What the folder has is used as it is. check=True (--fetch-only) also fetches and checks pictures that a run would
-    not need, except with --regions files. Raises BadInput if the dataset has no files to fetch or to find, or if fetching
-    fails.
+    not need, except with --regions files. Raises BadInput if the dataset has no files to fetch or to find, or if
+    fetching fails.
     """
     dataset = settings.run.dataset
     if dataset not in fetch.SOURCES:
