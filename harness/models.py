@@ -99,8 +99,8 @@ def build(settings: Settings, bert: BertModel, feature_dim: int, clip_dim: int =
 
 def warn(splits: dict[str, data.Split], words: dict[str, list[np.ndarray]], tokenizer: BertTokenizer) -> None:
     """Say on standard error what makes the figures of a run worth little: few images, or words that BERT lacks."""
-    for name in splits.keys() - {"train"}:
-        if (count := len(splits[name].image_names)) < 10:
+    for name, split in splits.items():
+        if name != "train" and (count := len(split.image_names)) < 10:
             print(f"warning: the {name} split has {count} images, so its figures say little", file=sys.stderr)
     warn_of_unknown(words["train"], tokenizer)
 
