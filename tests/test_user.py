@@ -283,7 +283,7 @@ def test_a_warm_momentum_encoder_is_the_mean_of_what_the_model_has_been():
     model = make_model()
     momentum = user.MomentumContrast(model, 8, 16, momentum=0.999, warm=True)
     with torch.no_grad():
-        for value in (5.0, 1.0, 3.0):
+        for value in (5.0, 3.0, 1.0):
             model.project.bias.fill_(value)
             momentum.update(model)
     assert torch.allclose(momentum.encoder.project.bias, torch.full((8,), 3.0))
