@@ -117,7 +117,7 @@ def last_checkpoint(folder: Path, settings: Settings) -> dict | None:
     if (best := folder / "best.pt").exists():
         read_checkpoint(best)
     elif checkpoint["epoch"] > 0:
-        print(f"warning: {best} is missing; the best epoch from now on takes its place", file=sys.stderr)
+        print(f"warning: {best} is missing; the next epoch takes its place", file=sys.stderr)
     return checkpoint
 
 

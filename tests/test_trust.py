@@ -303,7 +303,7 @@ def test_a_run_without_its_best_weights_is_not_searched_with_others(run, capsys)
     refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt: no such file, expected a checkpoint")
     (run / "best.pt").rmdir()
     assert train.main(resume(run, "--epochs", "2")) == 0 and (run / "best.pt").is_file()
-    assert "best.pt is missing; the best epoch from now on takes its place" in capsys.readouterr().err
+    assert "best.pt is missing; the next epoch takes its place" in capsys.readouterr().err
     (run / "best.pt").write_bytes(b"half")
     refused(train.main, resume(run, "--epochs", "3"), capsys, "best.pt: expected a checkpoint of this program")
 
