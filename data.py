@@ -170,8 +170,8 @@ def image_side(split: Split, images: np.ndarray) -> dict[str, Tensor]:
 class Pairs(torch.utils.data.Dataset):
     """Training batches: pairs[rows of captions] is the batch of these captions and their images.
 
-    Use it as DataLoader(pairs, sampler=batches, batch_size=None), with batches from `epoch_batches`. seed: seeds
-    the noise, together with the first caption of the batch, so that a resumed run draws the same.
+    Use it as DataLoader(pairs, sampler=batches, batch_size=None), with batches from `epoch_batches`. seed: of the
+    noise, together with the first caption of the batch, so that a resumed run draws the same.
     """
 
     def __init__(self, split: Split, words: list[np.ndarray], noise: CaptionNoise | None = None,

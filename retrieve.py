@@ -23,7 +23,7 @@ from tqdm import tqdm
 import losses
 
 BLOCK = 2**26  # numbers computed at once, 256 MB, so that the memory of a search does not grow with the corpus
-PIECE = 512    # words gathered at once in stage 2: they fit into the cache of a CPU
+PIECE = 512    # words gathered at once in stage 2: they fit into a CPU's cache
 
 # ------------------------------------------------------------------------------------------------ what is searched
 

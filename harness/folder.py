@@ -68,12 +68,12 @@ def read_checkpoint(path: Path) -> dict:
 def read_settings(folder: Path) -> Settings:
     """The settings of the run in `folder`. Raises BadInput if there is no run."""
     if not (folder / "settings.json").is_file():
-        known = "; it is an index: name its run" if (folder / "manifest.json").is_file() else ""
-        raise BadInput(f"{folder}: no run here (no settings.json){known}")
+        hint = "; it is an index: name its run" if (folder / "manifest.json").is_file() else ""
+        raise BadInput(f"{folder}: no run here (no settings.json){hint}")
     return settings_.read(folder / "settings.json")
 
 
-MAY_CHANGE = ("data_root", "cache", "region_weights", "clip_model", "skip_bad")  # where files lie; bad pictures
+MAY_CHANGE = ("data_root", "cache", "region_weights", "clip_model", "skip_bad")  # where files lie, how to take bad ones
 
 
 def resumed_settings(folder: Path, given: dict) -> Settings:
