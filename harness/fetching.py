@@ -4,6 +4,7 @@ Nothing here imports torch, so that without a network the message comes at once.
 """
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,10 +15,16 @@ from sources.files import BadInput
 
 
 def first_look(given: dict, options: Namespace) -> int:
-    """Raises BadInput if pictures or captions are missing and no address that has them can be reached. Returns 0."""
+    """Warn of flags that have no effect. Returns 0.
+
+    Raises BadInput if pictures or captions are missing and no address that has them can be reached.
+    """
     if options.resume:  # nothing is fetched, and the flags are compared with that run's settings
         return 0
     settings = settings_.make(given)
+    for name in settings_.WITHOUT[settings.run.model].split():
+        if given[name] is not None:
+            print(f"warning: {settings_.flag(name)} has no effect with --model {settings.run.model}", file=sys.stderr)
     dataset, root = settings.run.dataset, data_root(settings)
     if dataset in fetch.SOURCES and not options.print_settings:
         if are_wanted(settings, root, layouts.has_features(dataset, root)):

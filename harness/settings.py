@@ -192,6 +192,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+WITHOUT = {  # settings that have no effect with a model (it refuses --guide, if it has none)
+    "tgdt": "guide_dropout sharpness fine_gradient mu gamma batch_weight reward_floor queue",
+    "user": "region_width region_layers local_layers global_layers heads feedforward fine_gradient margin intra_margin "
+            "local_weight reduction easy_epochs captions_shortlist images_shortlist",
+    "tgdt-user": "region_width region_layers global_layers margin intra_margin easy_epochs",
+}
+
+
 def check_value(name: str, value: object) -> None:
     """Raises BadInput for a value of the wrong type, outside of the range or not among the choices."""
     known = FIELDS[name]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_batch
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel
@@ -20,7 +21,7 @@ import tgdt
 import train
 import unified
 import user
-from harness import __version__, flags, models, settings
+from harness import __version__, fetching, flags, models, settings
 from sources import scenes
 from sources.files import BadInput
 
@@ -182,6 +183,38 @@ def test_each_preset_builds_a_model_for_the_scenes(preset, model):
     batch = {"regions": found.regions, "boxes": found.boxes, "region_mask": np.ones(found.boxes.shape[:2], bool)}
     images = built.encode_images({name: torch.from_numpy(value) for name, value in batch.items()})
     assert images.globals.shape == (3, made.architecture.dim) and bool(images.globals.isfinite().all())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_a_model_is_without_changes_neither_its_weights_nor_its_loss(model):
+    """`settings.WITHOUT` is true: another value of such a setting leaves the batch loss as it is."""
+    batch = make_batch() | {"image_row": torch.arange(3)}
+    batch["word_ids"] = batch["word_ids"] % 30
+
+    def found(given: dict) -> torch.Tensor:
+        torch.manual_seed(0)
+        usual = {"model": model, "guide": "none", "queue": 0, "distill": 0, "easy_epochs": 0, "gamma": -1}
+        made = settings.make(usual | given)
+        built = models.build(made, models.text_encoder(made)[0], 12)
+        for weight in built.parameters():  # some start at zero, and would hide what reaches them
+            torch.nn.init.normal_(weight, std=0.5)
+        negatives = "mean" if made.training.easy_epochs else "hardest"
+        return train.batch_loss(built, None, batch, made, negatives=negatives).detach()
+
+    usual, names = found({}), settings.WITHOUT[model].split()
+    for name in names:
+        known, value = settings.FIELDS[name], settings.flat(settings.make({"model": model}))[name]
+        other = {"reduction": "sum", "reward_floor": not value, "heads": 2, "gamma": 0.25, "queue": 9,
+                 "region_width": 64}.get(name, value + 1 if known.type is int else known.range and known.range[1] / 2)
+        assert other != value and torch.equal(found({name: other}), usual), name
+
+
+def test_a_flag_without_effect_is_warned_of(capsys):
+    given, options = flags.parse(["--queue", "512", "--lr", "0.1"])
+    assert fetching.first_look(given, options) == 0
+    assert capsys.readouterr().err == "warning: --queue has no effect with --model tgdt\n"
+    given, options = flags.parse(["--queue", "512", "--model", "user", "--preset", "small"])
+    assert fetching.first_look(given, options) == 0 and capsys.readouterr().err == ""
 
 
 def test_the_heads_divide_what_they_share():
