@@ -118,7 +118,7 @@ def cmc(image_global: Tensor, text_global: Tensor, local: Tensor | None = None, 
 
 def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | None = None,
              teacher: Tensor | None = None, distill: float = 0.0) -> Tensor:
-    """InfoNCE (CPC; CLIP takes half of it): both directions summed, each a mean over the pairs.
+    """InfoNCE (CPC; half of it is CLIP's loss): both directions summed, each a mean over the pairs.
 
     Each row is a question with B answers, and the one on the diagonal is right: the cross-entropy of
     softmax(s / temperature). So is each column. similarity: [B, B], images by captions. positives: [B, B] bool, all

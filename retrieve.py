@@ -2,7 +2,7 @@
 
 Read beside TGDT, the part on two-stage inference, and both papers' experiments. Stage 1 takes dot products of the
 global embeddings and keeps the best K of the corpus. Stage 2 sorts these K by global + weight x local. Both are exact:
-only what misses the shortlist is lost. An image is a query for captions, a caption one for images. (docs/symbols.md)
+only what misses the shortlist is lost. An image searches captions, a caption images. docs/symbols.md has the symbols.
 """
 from __future__ import annotations
 

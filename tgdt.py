@@ -95,7 +95,7 @@ class TokenGuidedEncoder(nn.Module):
     """Slots to tokens, tokens to one vector (TGDT, token-guided dual transformer).
 
     Each branch has one of its own. Slot 0 is the image token or [CLS]; what the *global* encoder makes of it is
-    the coarse embedding. Both encoders see the padding mask. Without it in the second one, as in the released code, the
+    the coarse embedding. Both encoders see the padding mask. In the released code the global encoder does not, so the
     embedding of a caption changes with the longest caption of its batch.
     """
 

@@ -105,7 +105,7 @@ def forward(model: nn.Module, momentum: MomentumContrast | None, batch: Mapping[
     """
     queue = settings.run.model != "tgdt" and settings.momentum.queue > 0
     distill = settings.infonce.distill > 0
-    if momentum is not None:  # with neither of the two, it is there to be evaluated (--keep momentum)
+    if momentum is not None:  # without queue and distill, it is there to be evaluated (--keep momentum)
         momentum.update(model)
     images, texts = encode(model, batch, precision, share)
     if not queue and not distill:

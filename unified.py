@@ -6,8 +6,9 @@
                                                   -> fine level = fine word tokens
 
 It is USER with TGDT's idea of token guidance: the coarse vector is pooled from tokens that learn to be aligned as well.
-These are the plain tokens. The fine level, a small transformer that also sees the boxes of the regions, turns them into
-the fine tokens, which re-rank. Its gradient stops at the plain tokens, because it would make the coarse vectors worse.
+These are the plain tokens. The fine level, a small transformer on each side, turns them into the fine tokens, which
+re-rank. On the image side it also sees the boxes of the regions. Its gradient stops at the plain tokens, because that
+gradient would make the coarse vectors worse.
 
 The loss is USER's, plus InfoNCE on the coarse vectors, on the plain tokens and on the fine tokens. On photographs half
 of each InfoNCE target comes from the momentum copy, which is soon better than the model itself (momentum

@@ -1,8 +1,8 @@
 """Fetch Flickr30K, MSCOCO and Flickr8K into a folder: their pictures, with Karpathy's captions and splits beside them.
 
 What is there is used, what is missing is fetched. `huggingface_hub` and `torch.hub` carry the bytes. Each file is
-checked, unpacked and deleted before the next one is fetched. Whatever is not finished lies in the folder `fetching`,
-which is removed at the end. So a fetch that was killed goes on with what is whole, and nobody trains on half a dataset.
+checked, unpacked and deleted before the next one is fetched. Whatever is not finished lies in `.fetching`, a folder
+that is removed at the end. So a fetch that was killed goes on with what is whole, and nobody trains on half a dataset.
 """
 from __future__ import annotations
 
