@@ -22,13 +22,16 @@ def first_look(given: dict, options: Namespace) -> int:
     if options.resume:  # nothing is fetched, and the flags are compared with that run's settings
         return 0
     settings = settings_.make(given)
-    for name in settings_.WITHOUT[settings.run.model].split():
-        if given[name] is not None:
-            print(f"warning: {settings_.flag(name)} has no effect with --model {settings.run.model}", file=sys.stderr)
     dataset, root = settings.run.dataset, data_root(settings)
-    if dataset in fetch.SOURCES and not options.print_settings:
-        if are_wanted(settings, root, layouts.has_features(dataset, root)):
-            fetch.check_network(dataset, root)
+    features = dataset == "scenes" or dataset in fetch.SOURCES and layouts.has_features(dataset, root)
+    useless = dict.fromkeys(settings_.WITHOUT[settings.run.model].split(), f"--model {settings.run.model}")
+    if features and settings.pictures.regions in ("auto", "files"):
+        useless |= dict.fromkeys(settings_.OF_PICTURES.split(), "features that are computed already")
+    for name, why in useless.items():
+        if given[name] is not None:
+            print(f"warning: {settings_.flag(name)} has no effect with {why}", file=sys.stderr)
+    if dataset in fetch.SOURCES and not options.print_settings and are_wanted(settings, root, features):
+        fetch.check_network(dataset, root)
     return 0
 
 
@@ -50,8 +53,8 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     root = data_root(settings)
     settings.run.data_root = str(root)
     regions, features = settings.pictures.regions, layouts.has_features(dataset, root)
-    begun = dataset in scan_features.FOLDERS and (root / scan_features.FOLDERS[dataset]).is_dir()
-    if regions == "files" and (check and begun or not features and (check or dataset in scan_features.FOLDERS)):
+    begun = dataset in scan_features.IMAGES and (root / layouts.PRECOMP[dataset]).is_dir()
+    if regions == "files" and (check and begun or not features and (check or dataset in scan_features.IMAGES)):
         scan_features.fetch_scan_features(dataset, root, quiet)
         features = True
     wanted = are_wanted(settings, root, features)
@@ -77,7 +80,7 @@ def are_wanted(settings: Settings, root: Path, features: bool) -> bool:
 def have_pictures(dataset: str, root: Path) -> bool:
     """Whether pictures lie beside the files of features in a folder, and no fetch of them was broken off."""
     try:
-        found = [] if (root / fetch.WORK).exists() else layouts.read(dataset, root, regions="files").values()
+        found = [] if fetch.work_of(dataset, root).exists() else layouts.read(dataset, root, regions="files").values()
     except BadInput:  # a fetch may bring what is missing; if not, loading the data says what is wrong
         return False
     return any(picture for listing in found for picture in listing.pictures)

@@ -1,6 +1,7 @@
 """The pictures of a run folder: learning curves, what was retrieved, what a word looks at."""
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -67,13 +68,17 @@ def curves(history: list[dict], path: Path) -> None:
 
 
 def show_picture(axis: Axes, split: data.Split, row: int, color: str | None = None) -> tuple[int, int]:
-    """Draw image `row` in a coloured frame, or write its name if there is no picture.
+    """Draw image `row` in a coloured frame, or write its name if there is no picture that can be read.
 
     Returns its width and height in the units of the axis: pixels, or (1, 1) if there is no picture.
     """
-    picture = split.picture(row)
+    try:
+        picture = split.picture(row)
+    except BadInput as error:  # with files of features nobody has looked at it before
+        print(f"warning: {error}", file=sys.stderr)
+        picture = None
     if picture is None:
-        axis.text(0.5, 0.5, "\n".join(textwrap.wrap(split.image_names[row], 26)), ha="center", va="center",
+        axis.text(0.5, 0.5, textwrap.fill(split.image_names[row], 26), ha="center", va="center",
                   fontsize=7, color=QUIET, parse_math=False)
         axis.set(xlim=(0, 1), ylim=(0, 1))
     else:

@@ -237,13 +237,14 @@ def search_parser() -> Parser:
     return out
 
 
-def parse_search(argv: list[str] | None = None) -> argparse.Namespace:
-    return search_parser().parse_args(argv)
-
-
 def run_search(argv: list[str] | None = None) -> int:
     """The command of `retrieve.py`. Returns its exit code."""
-    options = parse_search(argv)
-    from harness import page, search  # after the flags, so that --help need not wait for them
+    options = search_parser().parse_args(argv)
+    import matplotlib
 
-    return page.run(options) if options.command == "page" else search.run(options)
+    from harness import console, page, search  # after the flags, so that --help need not wait for them
+
+    matplotlib.use("Agg")  # figures go into files, also where there is no screen
+    commands = {"evaluate": search.run_evaluate, "index": search.run_index, "search": search.run_search,
+                "page": page.run_page}
+    return console.run_command(lambda: commands[options.command](options) or 0)

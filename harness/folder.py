@@ -160,6 +160,14 @@ def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:
                        f"{feature_dim}")
 
 
+def check_data(folder: Path, checkpoint: dict, inputs: dict) -> None:
+    """Raises BadInput if the data that a run would go on with, see `Run.inputs`, is not what it began with."""
+    check_features(folder, checkpoint, inputs["feature_dim"])
+    for name in ("train", "val"):
+        if checkpoint.get(f"{name}_data", inputs[f"{name}_data"]) != inputs[f"{name}_data"]:
+            raise BadInput(f"{folder} began with other captions or features of split {name} than the data has now")
+
+
 def fingerprint(split: data.Split) -> str:
     """A digest of a split: its captions, the image of each, and the features of some 16 to 32 of its images.
 

@@ -69,8 +69,8 @@ def files_of(manifest: dict) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def build(out: Path, identity: dict, counts: dict[str, int], encode: Encode, names: dict) -> dict:
-    """Write the index `out`, block by block, or go on with one that was interrupted. Returns its manifest.
+def build(out: Path, identity: dict, counts: dict[str, int], encode: Encode, names: dict) -> None:
+    """Write the index `out`, block by block, or go on with one that was interrupted.
 
     identity: what the index is made of (checkpoint, split, dtype, ...); all of it must agree to go on. counts: the
     number of items of each kind. encode(kind, items [n]) -> their embeddings. Raises BadInput if `out` is there and is
@@ -84,10 +84,8 @@ def build(out: Path, identity: dict, counts: dict[str, int], encode: Encode, nam
             write_side(growing, kind, counts[kind], progress, encode)
         write_json(growing / "names.json", names)
         checksums = {name: checksum(growing / name) for name in files_of(identity)}
-        manifest = identity | {"counts": counts, "checksums": checksums}
-        write_json(growing / "manifest.json", manifest)
+        write_json(growing / "manifest.json", identity | {"counts": counts, "checksums": checksums})
         replace(growing, out)
-    return manifest
 
 
 def place_of(out: Path) -> Path:
@@ -223,4 +221,5 @@ def mapped(path: Path, dtype: torch.dtype, size: int) -> torch.Tensor:
         return torch.zeros(0, dtype=dtype)
     with warnings.catch_warnings():  # PyTorch has no read-only tensors, and warns
         warnings.simplefilter("ignore", UserWarning)
+        # (torch.from_file maps it to be written to, and fails for a file that is larger than the memory.)
         return torch.from_numpy(np.memmap(path, np.uint8, "r")).view(dtype)

@@ -51,6 +51,10 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
     if any(piece.startswith("\u2581") for piece in tokenizer.get_vocab()):  # as in SentencePiece, for XLM-R's heirs
         raise BadInput(f"the text encoder {name!r} of --text-encoder does not read BERT's word pieces, and would not "
                        "know a single word; take one with BERT's own tokenizer")
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= bert.config.vocab_size or highest >= len(tokenizer):
+        raise BadInput(f"the text encoder {name!r} of --text-encoder has {len(tokenizer)} word pieces with numbers up "
+                       f"to {highest} and a BERT for {bert.config.vocab_size}: they do not belong together")
     if settings.text.longest > (most := bert.config.max_position_embeddings):
         raise BadInput(f"--longest {settings.text.longest}: the text encoder {name!r} reads {most} word pieces at most")
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from urllib.request import getproxies
 
-from harness import console, markup, queries
+from harness import markup, queries
 from harness.queries import Click, Query, Side
 from sources.files import BadInput
 
@@ -167,7 +167,3 @@ def check_address(host: str, port: int | None) -> None:
     except (OSError, UnicodeError) as error:
         where = f"--host {host}" + (f" --port {port}" if port else "")
         raise BadInput(f"{where}: the page cannot be opened there ({error}): give another one") from error
-
-
-def run(args: argparse.Namespace) -> int:
-    return console.run_command(lambda: run_page(args))

@@ -132,10 +132,9 @@ def kind(settings: Settings, splits: dict[str, data.Split], device: torch.device
 
     On a GPU it is the detector, whose regions are the papers' kind. On a CPU it is the grid, which is faster.
     """
-    if settings.pictures.regions not in ("auto", "files") or settings.run.dataset == "scenes":
+    if settings.pictures.regions != "auto" or settings.run.dataset == "scenes":
         return settings.pictures.regions
     if splits and all(split.features is not None for split in splits.values()):
-        print(f"regions come from files: {splits['train'].features.path}")
         return "files"
     chosen, other = ("detector", "grid") if device.type == "cuda" else ("grid", "detector")
     reason = "there is a GPU" if device.type == "cuda" else "there is no GPU, and a detector would take much longer"

@@ -60,7 +60,8 @@ def connect(address: str) -> Connection:
     except ImportError:
         raise BadInput(f"{address}: needs Qdrant's client: pip install qdrant-client qdrant-edge-py") from None
     try:
-        url, _ = urlsplit(address), urlsplit(address).port
+        url = urlsplit(address)
+        port = url.port or 6333
     except ValueError as error:  # the host or the port cannot be one
         raise BadInput(f"{address.rpartition('@')[2]}: expected qdrant://HOST:PORT/NAME ({error})") from None
     if address.startswith("qdrant:") and not address.startswith("qdrant://") and url.path:
@@ -70,7 +71,7 @@ def connect(address: str) -> Connection:
         raise BadInput(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}: expected qdrant://HOST:PORT/NAME; "
                        "a key belongs into QDRANT_API_KEY")
     host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname  # of version 6
-    first, client = (QdrantClient(host=host, port=url.port or 6333, https=url.scheme == "qdrants", api_key=key,
+    first, client = (QdrantClient(host=host, port=port, https=url.scheme == "qdrants", api_key=key,
                                   timeout=seconds, check_compatibility=False) for seconds in (5, 120))
     Connection(address, first, f"{name}-").ask("collection_exists", "image", patient=False)
     return Connection(address, client, f"{name}-")

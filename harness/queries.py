@@ -81,8 +81,8 @@ def open_side(place: Path | str, args: argparse.Namespace) -> Side:
             "data_root": str(args.data_root or opened.manifest["data"]), "skip_bad": True,
             "cache": f"{place.resolve()}.cache"})
         run.split, run.words = pictures.of_folder(settings, where, run.device, args.workers, run.seen), []
-    if opened and (run.split.image_names, run.split.captions) != (opened.names["images"], opened.names["captions"]):
-        raise BadInput(f"{place}: its pictures or captions have changed since it was made: make the index anew")
+    if opened:
+        searching.check_content(place, opened, run.split)
     images, texts = (opened.images, opened.texts) if opened else (run.side("image"), run.side("text"))
     return Side(str(place), run, images, texts)
 
@@ -136,12 +136,12 @@ def both_lists(query: Embeddings, corpus: Embeddings, k: int, weight: float,
                reduction: str) -> tuple[list[Found], list[Found]]:
     """The K answers of stage 1, and the same K re-ranked. The best comes first."""
     query = query.to(corpus.globals.device)
-    first, again = (engines.search(query, corpus, k, each, reduction) for each in (0.0, weight))
-    rows, scores = (part[0].tolist() for part in first)
-    place = {row: at for at, row in enumerate(rows)}
-    return ([Found(row, score, 0) for row, score in zip(rows, scores, strict=True)],
-            [Found(row, score, place[row] - at)
-             for at, (row, score) in enumerate(zip(*(part[0].tolist() for part in again), strict=True))])
+    coarse, mixed = ([part[0].tolist() for part in engines.search(query, corpus, k, each, reduction)]
+                     for each in (0.0, weight))
+    place = {row: at for at, row in enumerate(coarse[0])}
+    first = [Found(row, score, 0) for row, score in zip(*coarse, strict=True)]
+    again = [Found(row, score, place[row] - at) for at, (row, score) in enumerate(zip(*mixed, strict=True))]
+    return first, again
 
 
 def similarities(images: Embeddings, image: int, texts: Embeddings, caption: int) -> np.ndarray:

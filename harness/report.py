@@ -166,7 +166,8 @@ def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool 
     print(f"  #{'score':>9}{'global':>9}{'local':>9}" if fine else f"  #{'score':>9}")
     for place, item in enumerate(found, 1):
         parts = f"{item['global']:9.3f}{item['local']:9.3f}" if fine else ""
-        print(f"{place:3d}{item['score']:9.3f}{parts}  {item['name']}")
+        name = "".join(letter if letter.isprintable() else " " for letter in item["name"])  # a caption may hold any
+        print(f"{place:3d}{item['score']:9.3f}{parts}  {name}")
 
 
 # ------------------------------------------------------------------------------------------- the end of a run

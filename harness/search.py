@@ -10,14 +10,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-from harness import console, engines, figures, index, models, pictures, push, qdrant, report, served
+from harness import engines, figures, index, models, pictures, push, qdrant, report, served
 from harness import folder as folders
 from harness import settings as settings_
 from harness.settings import Settings
@@ -79,15 +78,25 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
     out = Searched(settings, opened.model.to(device), device, precision, opened.tokenizer, opened.checkpoint["seen"])
     if with_data:
         root = Path(settings.run.data_root) if settings.run.data_root else None
-        splits = data.load(settings.run.dataset, root, (split,) if split else ("test", "val"),
-                           settings.pictures.regions, settings.pictures.split_seed)
-        if split and split not in splits:
+        for name in (split,) if split else ("test", "val"):
+            splits = data.load(settings.run.dataset, root, (name,), settings.pictures.regions,
+                               settings.pictures.split_seed)
+            if name in splits:
+                break
+        else:
             raise BadInput(f"{root}: {settings.run.dataset} has no {split} split here")
-        out.split = splits[split] if split else splits.get("test", splits.get("val"))
+        out.split = splits[name]
         pictures.prepare({out.split.name: out.split}, settings, folder, device, args.workers, out.seen)
         folders.check_features(folder, opened.checkpoint, out.split.features.dim)
         out.words = data.tokenize(out.split.captions, out.tokenizer, settings.text.longest)
     return out
+
+
+def check_content(place: Path | str, opened: index.Index, split: data.Split) -> None:
+    """Raises BadInput if an index was made of other captions, pictures or features than the split has now."""
+    if opened.manifest.get("content") != folders.fingerprint(split):
+        raise BadInput(f"{place}: its captions, pictures or features have changed since it was made: make the index "
+                       "anew")
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -101,8 +110,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if opened.manifest["split"] == "images":
             raise BadInput(f"{args.run} is an index of pictures without captions: it has no recall")
         run = open_run(opened.folder, args, opened.manifest["split"])
-        if opened.manifest.get("content") != folders.fingerprint(run.split):
-            raise BadInput(f"{args.run} holds other captions or features than the data has now: push it anew")
+        check_content(args.run, opened, run.split)
         options = report.search_options(run.settings)
         print(report.table(served.evaluate(opened, run.side, run.split.image_of, **options)))
         return
@@ -192,6 +200,8 @@ def run_search(args: argparse.Namespace) -> None:
     needs_data = not no_captions and (opened is None or args.image is not None or args.save is not None)
     where, split = (opened.folder, opened.manifest["split"]) if opened else (args.run, args.split)
     run = open_run(where, args, split, needs_data)
+    if opened and needs_data:
+        check_content(args.run, opened, run.split)
 
     wanted = "image" if args.image is None else "text"
     if opened:
@@ -219,9 +229,6 @@ def run_search(args: argparse.Namespace) -> None:
             found = [names[row] for row in rows]
             files = photos.find(Path(args.data_root or opened.manifest["data"]), [("", name) for name in found])
             run.split, rows = data.Split("images", [], np.zeros(0, np.int64), None, found, files), range(len(rows))
-        elif opened and args.image is None and [names[row] for row in rows] != [
-                name for row in rows for name in run.split.image_names[row : row + 1]]:
-            raise BadInput(f"{args.run}: its pictures have changed since it was made: make the index anew")
         if args.image is None:
             figures.found_images(run.split, captions[0], rows, args.save)
         else:
@@ -288,12 +295,3 @@ def picture_query(run: Searched, name: str) -> tuple[data.Split, int]:
         raise BadInput(f"{name}: no image of the {split.name} split, by name or by row (0 to "
                        f"{len(split.image_names) - 1}). Any picture file will do if a run was trained on pictures")
     return pictures.one(Path(name), run.settings, run.device, run.seen), 0
-
-
-COMMANDS = {"evaluate": run_evaluate, "index": run_index, "search": run_search}
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command of `retrieve.py` that the flags ask for. Returns the exit code."""
-    matplotlib.use("Agg")  # it draws into files, also where there is no screen
-    return console.run_command(lambda: COMMANDS[args.command](args) or 0)

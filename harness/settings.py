@@ -6,6 +6,7 @@ The type is a plain one, or Literal with all choices. Every number has a range, 
 share a name, and `train.py` has a flag for each. The defaults are the released configuration of TGDT on Flickr30K, and
 of USER for what only USER has, except --guide. `presets.py` says what each preset changes.
 """
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -198,6 +199,7 @@ WITHOUT = {  # settings that have no effect with a model (it refuses --guide, if
             "local_weight reduction easy_epochs captions_shortlist images_shortlist",
     "tgdt-user": "region_width region_layers global_layers margin intra_margin easy_epochs",
 }
+OF_PICTURES = "boxes region_network region_weights picture_side feature_dtype"  # which files of features do without
 
 
 def check_value(name: str, value: object) -> None:
@@ -224,6 +226,8 @@ def check(settings: Settings) -> None:
         raise BadInput("--text-encoder from-scratch knows the words of scenes only; give a BERT's name or folder")
     if 0 < settings.pictures.picture_side < 32:
         raise BadInput(f"--picture-side {settings.pictures.picture_side}: expected 0, or at least 32 pixels")
+    if settings.pictures.regions == "grid" and math.isqrt(boxes := settings.pictures.boxes) ** 2 != boxes:
+        raise BadInput(f"--boxes {boxes}: a grid has a square number of cells, such as 36 or 49")
     if run.model == "tgdt" and settings.enhancement.guide != "none":
         raise BadInput(f"--guide {settings.enhancement.guide}: only --model user and --model tgdt-user have a guide")
     if (regions := settings.enhancement.fixed_regions) and settings.enhancement.guide != "self":

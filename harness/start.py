@@ -14,7 +14,7 @@ def first_look(program: str) -> None:
     from harness import flags
 
     if program == "retrieve":
-        flags.parse_search()
+        flags.search_parser().parse_args()
         return
     given, options = flags.parse()
     from harness import console, fetching

@@ -33,7 +33,7 @@ def started(device: str) -> Iterator[None]:
     If several ranks end with an error, the first alone may say why; the others raise SystemExit. Raises BadInput if
     there are more ranks than GPUs.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if not {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         yield
         return
     backend, gpu = "gloo", None

@@ -42,7 +42,7 @@ class Run:
     tokenizer: BertTokenizer
     splits: dict[str, data.Split]
     words: dict[str, list]     # of each split, the word pieces of its captions
-    inputs: dict               # feature_dim, seen and bert, which build the model; train_data, to know the data again
+    inputs: dict               # feature_dim, seen and bert, which build the model; train_data and val_data, digests
     out: Path
     device: torch.device
     precision: str
@@ -208,18 +208,19 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     splits = data.load(settings.run.dataset, Path(root) if root else None, regions=settings.pictures.regions,
                        split_seed=settings.pictures.split_seed)
     settings.pictures.regions = pictures.kind(settings, splits, where)
+    if settings.pictures.regions == "files":
+        say(f"regions come from files: {splits['train'].features.path}")
     say(f"loading the text encoder: {settings.text.text_encoder}")
     known = last and (out / "tokenizer").is_dir()  # then the text encoder's own files are not needed any more
     bert, tokenizer = folder.text_encoder(out / "checkpoint.pt", last) if known else models.text_encoder(settings)
     if torchrun.number() == 0 and not last:  # before the features, which take long, so that --resume works
         settings_.write(out / "settings.json", settings)
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])
-    feature_dim, train_data = splits["train"].features.dim, folder.fingerprint(splits["train"])
+    inputs = {"feature_dim": splits["train"].features.dim, "seen": seen, "bert": bert.config.to_dict()}
+    inputs |= {f"{name}_data": folder.fingerprint(splits[name]) for name in ("train", "val")}
     if last:
-        folder.check_features(out, last, feature_dim)
-        if last["train_data"] != train_data:
-            raise BadInput(f"{out} was trained on other captions or features than those in {root or 'the scenes'} now")
-    model = models.build(settings, bert, feature_dim, (seen["clip"] or {}).get("dim", 0)).to(where)
+        folder.check_data(out, last, inputs)
+    model = models.build(settings, bert, inputs["feature_dim"], (seen["clip"] or {}).get("dim", 0)).to(where)
     momentum, of = None, settings.momentum
     if (queue := of.queue if settings.run.model != "tgdt" else 0) or of.keep == "momentum":
         momentum = MomentumContrast(model, settings.architecture.dim, queue, of.momentum, warm=True).to(where)
@@ -229,7 +230,6 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     if torchrun.number() == 0 and not known:
         with explained(out / "tokenizer", "a folder that can be written"):
             tokenizer.save_pretrained(out / "tokenizer")
-    inputs = {"feature_dim": feature_dim, "seen": seen, "bert": bert.config.to_dict(), "train_data": train_data}
     return Run(settings, model, momentum, tokenizer, splits, words, inputs, out, where, precision, workers, last, quiet,
                pieces)
 

@@ -17,9 +17,9 @@ import html
 import inspect
 import io
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from textwrap import fill as wrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -132,11 +132,6 @@ def answer(function: Callable, *arguments) -> None:
     display({"text/html": folded, "text/plain": "The answer is folded. It stands in answers.py."}, raw=True)
 
 
-def wrap(text: str, width: int) -> str:
-    """A text in lines of at most `width` letters."""
-    return "\n".join(textwrap.wrap(text, width))
-
-
 # ----------------------------------------------------------------------------------------------- scenes and regions
 
 
@@ -182,17 +177,17 @@ def light(axis, pixels, boxes, values, title: str = "") -> None:
     box_on(axis, corners[values.argmax()], "black", 1.5)
 
 
-def frames(axis, pixels, boxes, values, title: str = "", high: float | None = None):
+def frames(axis, pixels, boxes, values, title: str = "", high: float = 1.0):
     """A picture with its regions as frames, brighter and thicker for a higher value; boxes [R, 4] in 0..1.
 
     high: the value of the brightest frame. Returns what `figure.colorbar` needs.
     """
     values = np.asarray(values)
-    colours = plt.cm.ScalarMappable(plt.Normalize(0, high or values.max()), SCALE)
+    colours = plt.cm.ScalarMappable(plt.Normalize(0, high), SCALE)
     picture(axis, 255 - (255 - np.asarray(pixels)) // 2, title)
     for i in values.argsort():
         x1, y1, x2, y2 = np.asarray(boxes)[i] * len(pixels)
-        strength = min(1.0, float(values[i] / (high or values.max()))) ** 0.5
+        strength = min(1.0, float(values[i] / high)) ** 0.5
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours.to_rgba(values[i]),
                                  alpha=0.25 + 0.75 * strength, linewidth=0.5 + 3 * strength))
     return colours
@@ -359,7 +354,7 @@ def bars(axis, named: Mapping[str, float], colours: Sequence[str], xlabel: str =
     axis.invert_yaxis()
     axis.set(xlabel=xlabel)
     if log:
-        axis.set(xscale="log", xlim=(min(named.values()) / 3, limit or 8 * max(named.values())))
+        axis.set(xscale="log", xlim=(min(named.values()) / 3, 8 * max(named.values())))
     else:
         axis.set(xlim=(0, limit))
 

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import posixpath
-from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,8 +49,11 @@ def need(root: Path, name: str, source: str) -> Path:
     return path
 
 
-def read_karpathy(path: Path) -> list[Entry]:
-    """Karpathy's JSON. The id of an image is its place in the list, as in TERAN's files."""
+def read_karpathy(path: Path, by_place: bool = False) -> list[Entry]:
+    """Karpathy's JSON. The id of an image is its place in the list, as in TERAN's files.
+
+    by_place: these files are used, so raise BadInput if an image has an imgid that is not its place.
+    """
     with explained(path, "JSON with a list 'images'"):
         images = list(json.loads(path.read_bytes().decode("utf-8-sig"))["images"])
     entries = []
@@ -62,6 +64,8 @@ def read_karpathy(path: Path) -> list[Entry]:
             file = (image.get("filepath", ""), image["filename"])
             size = (float(image["width"]), float(image["height"])) if "width" in image else None
             captions = [sentence["raw"].strip() for sentence in image["sentences"]]
+            if by_place and (number := image.get("imgid", place)) != place:
+                raise ValueError(f"imgid {number}: bottom-up files are named by the place in the whole list, {place}")
             entries.append(Entry(where, place, split, file, size, captions))
     return checked(entries)
 
@@ -164,8 +168,8 @@ def draw_splits(names: list[str], seed: int) -> dict[str, str]:
     hashes = {name: hashlib.sha256(f"{seed}:{name}".encode(errors="replace")).hexdigest() for name in names}
     numbers = {name: int(digits, 16) / 2**256 for name, digits in hashes.items()}
     order = sorted(names, key=numbers.get)
-    val_end = min(max(bisect_left(order, 0.1, key=numbers.get), 1), len(names) - 3)
-    test_end = min(max(bisect_left(order, 0.2, key=numbers.get), val_end + 1), len(names) - 2)
+    val_end = min(max(sum(number < 0.1 for number in numbers.values()), 1), len(names) - 3)
+    test_end = min(max(sum(number < 0.2 for number in numbers.values()), val_end + 1), len(names) - 2)
     splits = ["val"] * val_end + ["test"] * (test_end - val_end) + ["train"] * (len(names) - test_end)
     return dict(zip(order, splits, strict=True))
 

@@ -1,8 +1,9 @@
 """Fetch Flickr30K, MSCOCO and Flickr8K into a folder: their pictures, with Karpathy's captions and splits beside them.
 
 What is there is used, what is missing is fetched. `huggingface_hub` and `torch.hub` carry the bytes. Each file is
-checked, unpacked and deleted before the next one is fetched. Whatever is not finished lies in `.fetching`, a folder
-that is removed at the end. So a fetch that was killed goes on with what is whole, and nobody trains on half a dataset.
+checked, unpacked and deleted before the next one is fetched. Whatever is not finished lies in `.fetching-DATASET`, a
+folder that is removed at the end. So a fetch that was killed goes on with what is whole, and nobody trains on half a
+dataset.
 """
 from __future__ import annotations
 
@@ -62,7 +63,6 @@ SOURCES = {
 }
 TERMS = ("The pictures belong to the people who took them and stay under the terms of Flickr: use them for research, "
          "and do not pass them on.")
-WORK = ".fetching"  # the folder of what is not finished; it is deleted in the end
 
 
 class Part(NamedTuple):
@@ -71,6 +71,11 @@ class Part(NamedTuple):
     start: str | None  # how the names of its pictures begin; None: it holds the captions
     addresses: list[Address]
     share: float  # how much of it is still to be unpacked, 0 to 1
+
+
+def work_of(dataset: str, root: Path) -> Path:
+    """The folder in `root` of what is not finished. Each dataset has its own, since several may share a root."""
+    return root / f".fetching-{dataset}"
 
 
 def free_bytes(folder: Path) -> int:
@@ -83,41 +88,41 @@ def finished(dataset: str, root: Path) -> bool:
     This is a quick look: one of the pictures that the start of the JSON names is enough, and one of each archive.
     """
     path = annotations.find(root, f"dataset_{dataset}.json")
-    unfinished = [WORK, *(address.name for addresses in SOURCES[dataset].pictures.values() for address in addresses)]
-    if path is None or any((root / name).exists() for name in unfinished):
+    archives = [root / address.name for addresses in SOURCES[dataset].pictures.values() for address in addresses]
+    if path is None or any(unfinished.exists() for unfinished in (work_of(dataset, root), *archives)):
         return False
     with open(path, "rb") as file:
         start = file.read(100_000).decode(errors="replace")
     names = set(re.findall(r'"filename": *"([^"/\\]+)"', start))
-    there = {path.name for path in root.rglob("*")}
+    # (rglob would not look into a folder that is a link.)
+    there = {path.name for pattern in ("*", "*/*", "*/*/*") for path in root.glob(pattern)}
     each = all(any(name.startswith(start) for name in there) for start in SOURCES[dataset].pictures)
     return each and (not names or not names.isdisjoint(there))
 
 
-def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool = False,
-          free: Callable[[Path], int] = free_bytes) -> None:
+def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool = False) -> None:
     """Bring a dataset into the folder `root`, and check that it is whole.
 
     Afterwards `root` has dataset_<name>.json and every picture that it names. It says first, on standard error, what it
-    is going to do. source: where the dataset comes from, by default what `SOURCES` says. free: tells how many bytes are
-    free on the disk of a folder. Raises BadInput if the disk is too small, if there is no network, or if what was
-    fetched is not the dataset.
+    is going to do. source: where the dataset comes from, by default what `SOURCES` says. Raises BadInput if the disk is
+    too small, if there is no network, or if what was fetched is not the dataset.
     """
     source = source or SOURCES[dataset]
     entries, parts = plan(dataset, root, source)
+    work = work_of(dataset, root)
     if parts:
-        announce(dataset, root, parts, free(root), quiet)
-        reached = within_reach(root, parts)
-        (root / WORK).mkdir(parents=True, exist_ok=True)
+        announce(dataset, root, parts, free_bytes(root), quiet)
+        reached = within_reach(work, parts)
+        work.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(root / WORK):
-                tidy(root, source)
+            with locked(work):
+                tidy(work, source)
                 for part in parts:
                     if part.start is None:
-                        get(root, part, reached, quiet, partial(save_captions, dataset, root, source))
+                        get(work, part, reached, quiet, partial(save_captions, dataset, root, source))
                         entries = read(dataset, root, source)
                     elif wanted := missing(root, entries, part.start):
-                        get(root, part, reached, quiet, partial(archives.unpack, wanted=wanted, quiet=quiet))
+                        get(work, part, reached, quiet, partial(archives.unpack, wanted=wanted, quiet=quiet))
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -125,7 +130,7 @@ def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool =
     lost = missing(root, entries, "")
     if lost:
         raise BadInput(f"{root}: {len(lost)} pictures of dataset_{dataset}.json are missing, the first is {min(lost)}")
-    shutil.rmtree(root / WORK, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     if not quiet:
         say(f"{dataset} is whole in {root}: " + ", ".join(f"{count:,} {name}" for name, count in source.counts.items()))
 
@@ -133,7 +138,7 @@ def fetch(dataset: str, root: Path, source: Dataset | None = None, quiet: bool =
 def check_network(dataset: str, root: Path) -> None:
     """Raises BadInput, with what to do, if something is missing in `root` and no address that has it can be reached."""
     if parts := plan(dataset, root, SOURCES[dataset])[1]:
-        within_reach(root, parts)
+        within_reach(work_of(dataset, root), parts)
 
 
 def plan(dataset: str, root: Path, source: Dataset) -> tuple[list[Entry], list[Part]]:
@@ -189,14 +194,14 @@ def missing(root: Path, entries: list[Entry], start: str) -> dict[str, Path]:
             if path is None or path.stat().st_size == 0}
 
 
-def place(root: Path, number: int, address: Address) -> Path:
-    """Where the file of a part's address `number` lies: in `root` if the user has put it there, else in WORK."""
-    own = root / address.name
-    return own if own.is_file() else root / WORK / str(number) / address.name
+def place(work: Path, number: int, address: Address) -> Path:
+    """Where the file of a part's address `number` lies: beside `work` if the user has put it there, else in `work`."""
+    own = work.parent / address.name
+    return own if own.is_file() else work / str(number) / address.name
 
 
-def is_there(root: Path, part: Part) -> bool:
-    return any(place(root, number, address).is_file() for number, address in enumerate(part.addresses))
+def is_there(work: Path, part: Part) -> bool:
+    return any(place(work, number, address).is_file() for number, address in enumerate(part.addresses))
 
 
 def announce(dataset: str, root: Path, parts: list[Part], free: int, quiet: bool) -> None:
@@ -205,7 +210,7 @@ def announce(dataset: str, root: Path, parts: list[Part], free: int, quiet: bool
     for part in parts:
         size = part.addresses[0].size
         unpacked += 1.03 * size * part.share  # a disk is filled in whole blocks
-        there = is_there(root, part)
+        there = is_there(work_of(dataset, root), part)
         most = max(most, unpacked + (0 if there else size))
         first = "is there" if there else human(size)
         lines += [f"{'or' if number else first:>10}  {address.url}" for number, address in enumerate(part.addresses)]
@@ -218,7 +223,7 @@ def announce(dataset: str, root: Path, parts: list[Part], free: int, quiet: bool
                        "free. Make room, or name a folder on a larger disk by --data-root")
 
 
-def within_reach(root: Path, parts: list[Part]) -> dict[str, bool]:
+def within_reach(work: Path, parts: list[Part]) -> dict[str, bool]:
     """Which addresses can be reached, found out in two seconds. Raises BadInput if a part has none that can."""
     hosts = {urlsplit(address.url).netloc: "" if address.url.startswith(HUB) else address.url
              for part in parts for address in part.addresses}  # "" stands for the hub
@@ -226,36 +231,36 @@ def within_reach(root: Path, parts: list[Part]) -> dict[str, bool]:
         answers = dict(zip(hosts, pool.map(hub.within_reach, hosts.values()), strict=True))
     reached = {address.url: answers[urlsplit(address.url).netloc] for part in parts for address in part.addresses}
     lost = [part for part in parts
-            if not is_there(root, part) and not any(reached[address.url] for address in part.addresses)]
+            if not is_there(work, part) and not any(reached[address.url] for address in part.addresses)]
     if lost:
         files = [f"{human(part.addresses[0].size)} from " + " or ".join(address.url for address in part.addresses)
                  for part in lost]
         raise BadInput(f"there is no network: {' and '.join(host for host in hosts if not answers[host])} cannot be "
-                       f"reached. Fetch on another machine: {'; '.join(files)}. Put these files into {root} as they "
-                       "are, and start again. HF_ENDPOINT can name a mirror of the hub. --dataset scenes and --dataset "
-                       "folder need no network")
+                       f"reached. Fetch on another machine: {'; '.join(files)}. Put these files into {work.parent} as "
+                       "they are, and start again. HF_ENDPOINT can name a mirror of the hub. --dataset scenes and "
+                       "--dataset folder need no network")
     return reached
 
 
-def tidy(root: Path, source: Dataset) -> None:
+def tidy(work: Path, source: Dataset) -> None:
     """Delete what an earlier fetch has left half done."""
-    whole = {place(root, number, address) for addresses in (source.captions, *source.pictures.values())
+    whole = {place(work, number, address) for addresses in (source.captions, *source.pictures.values())
              for number, address in enumerate(addresses)}
-    for path in (root / WORK).rglob("*"):
+    for path in work.rglob("*"):
         if path.is_file() and path not in whole and path.name != ".lock":
             path.unlink()
 
 
-def get(root: Path, part: Part, reached: dict[str, bool], quiet: bool, use: Callable[[Path], None]) -> None:
+def get(work: Path, part: Part, reached: dict[str, bool], quiet: bool, use: Callable[[Path], None]) -> None:
     """Fetch a part from the first address that has it, check it, call use(path), and delete it.
 
     A file that is there already is tried first; one that the user has put there is not deleted. Raises BadInput with
     the reason for each address if all fail.
     """
     failures = []
-    addresses = sorted(enumerate(part.addresses), key=lambda pair: not place(root, *pair).is_file())
+    addresses = sorted(enumerate(part.addresses), key=lambda pair: not place(work, *pair).is_file())
     for number, address in addresses:
-        path = place(root, number, address)
+        path = place(work, number, address)
         try:
             if not path.is_file():
                 if not reached[address.url]:
@@ -266,21 +271,22 @@ def get(root: Path, part: Part, reached: dict[str, bool], quiet: bool, use: Call
             check(path, address)
             use(path)
         except BadInput as error:
-            if path.parent == root:
+            if path.parent == work.parent:
                 raise BadInput(f"{path}: {error}. Remove this file, and it will be fetched") from error
             path.unlink(missing_ok=True)
             failures.append(f"{address.url}: {error}")
             continue
-        if path.parent != root:
-            path.unlink()
+        if path.parent != work.parent:
+            path.unlink(missing_ok=True)
         return
     raise BadInput(f"{part.addresses[0].name} was not fetched. {'; '.join(failures)}. Start again to try once more, or "
-                   f"bring one of these files by other means and put it into {root}")
+                   f"bring one of these files by other means and put it into {work.parent}")
 
 
 def save_captions(dataset: str, root: Path, source: Dataset, path: Path) -> None:
     """Write root/dataset_<name>.json from a file of captions. Raises BadInput if that does not hold the dataset."""
     name = f"dataset_{dataset}.json"
-    write_whole(root / WORK / name, lambda file: file.write(archives.karpathy_json(path, name)))
-    checked(root / WORK / name, source.counts)
-    replace(root / WORK / name, root / name)
+    made = work_of(dataset, root) / name
+    write_whole(made, lambda file: file.write(archives.karpathy_json(path, name)))
+    checked(made, source.counts)
+    replace(made, root / name)

@@ -45,8 +45,6 @@ def read(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
     of features; "auto" takes them if they are there; with any other word the splits come without features. split_seed
     draws the splits of a table that names none. Raises BadInput if a file is missing or wrong.
     """
-    if dataset not in (*PRECOMP, "folder"):
-        raise BadInput(f"dataset '{dataset}': expected one of scenes, folder, {', '.join(PRECOMP)}")
     if not root or not Path(root).is_dir():
         raise BadInput(f"{root}: no such folder, expected the one with the files of {dataset}" if root else
                        f"--dataset {dataset}: name the folder with its files by --data-root")
@@ -62,7 +60,7 @@ def read(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
     elif dataset == "coco" and layout == "bottom-up":
         found = read_pictures(root, annotations.read_coco(root, splits), splits, folder)
     else:
-        entries = annotations.read_karpathy(annotations.need(root, json_file, KARPATHY))
+        entries = annotations.read_karpathy(annotations.need(root, json_file, KARPATHY), layout == "bottom-up")
         found = read_pictures(root, entries, splits, folder if layout == "bottom-up" else None)
     widths = {listing.features.dim: f"{listing.features.dim} in {listing.features.path} ({name})"
               for name, listing in found.items() if listing.features is not None}

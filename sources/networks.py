@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms
 from torchvision.models.detection.image_list import ImageList
 from transformers import CLIPImageProcessor, CLIPModel
 
@@ -57,7 +58,7 @@ def in_bfloat16(device: torch.device) -> torch.autocast:
 
 def squashed(picture: Image.Image, side: int) -> dict[str, Tensor]:
     """The whole picture as a square: pixels [3, side, side] uint8."""
-    return {"pixels": as_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))}
+    return {"pixels": transforms.functional.pil_to_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))}
 
 
 def on_canvas(picture: Image.Image, side: int) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def on_canvas(picture: Image.Image, side: int) -> dict[str, Tensor]:
     width, height = (max(1, round(scale * length)) for length in picture.size)
     canvas = Image.new("RGB", (side, side), (124, 116, 104))  # the mean colour, which becomes zero
     canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC))
-    return {"pixels": as_tensor(canvas), "size": torch.tensor([height, width])}
+    return {"pixels": transforms.functional.pil_to_tensor(canvas), "size": torch.tensor([height, width])}
 
 
 def as_clip_sees(picture: Image.Image, processor: CLIPImageProcessor) -> dict[str, Tensor]:
@@ -79,21 +80,6 @@ def as_clip_sees(picture: Image.Image, processor: CLIPImageProcessor) -> dict[st
     left, top = (max(0, length - side) // 2 for length in picture.size)
     picture = picture.crop((left, top, min(picture.width, left + side), min(picture.height, top + side)))
     return {"pixels": processor(images=picture, return_tensors="pt")["pixel_values"][0]}
-
-
-def as_tensor(picture: Image.Image) -> Tensor:
-    """A picture in RGB -> [3, H, W] uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
-class Normalised:
-    """Pixels uint8 -> (pixels / 255 - mean) / std, on the device."""
-
-    def __init__(self, mean: tuple, std: tuple, device: torch.device | str):
-        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self.mean.device).float() / 255 - self.mean) / self.std
 
 
 class Detector:
@@ -106,7 +92,7 @@ class Detector:
     def __init__(self, name: str, net: nn.Module, count: int, side: int, device: torch.device | str = "cpu"):
         self.net, self.count, self.side, self.device = net.to(device).eval(), count, side, torch.device(device)
         self.batch_size = 8 if self.device.type == "cuda" else 4
-        self.normalised = Normalised(net.transform.image_mean, net.transform.image_std, device)
+        self.normalised = transforms.Normalize(net.transform.image_mean, net.transform.image_std)
         self.dim = net.roi_heads.box_predictor.cls_score.in_features
         self.identity = {"kind": "detector", "network": name, "weights": fingerprint(net), "side": side,
                          "regions": count, "dim": self.dim, "version": 2}  # 1 could pool at twice the right scale
@@ -118,7 +104,7 @@ class Detector:
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """pixels [B, 3, S, S] and size [B, 2] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
         heads, sizes = self.net.roi_heads, [tuple(size) for size in batch["size"].tolist()]
-        pixels = self.normalised(batch["pixels"])
+        pixels = self.normalised(batch["pixels"].to(self.device) / 255)
         with in_bfloat16(self.device):
             maps = self.net.backbone(pixels)
         maps = {"0": maps} if isinstance(maps, Tensor) else maps
@@ -184,7 +170,7 @@ class Grid:
         self.net = classifier.net.to(device, memory_format=torch.channels_last).eval()
         self.device = torch.device(device)
         self.batch_size = 128 if self.device.type == "cuda" else 32
-        self.last_map, self.normalised = classifier.last_map, Normalised(classifier.mean, classifier.std, device)
+        self.last_map, self.normalised = classifier.last_map, transforms.Normalize(classifier.mean, classifier.std)
         self.boxes, self.prepare = cells(self.across), partial(squashed, side=side)
         try:
             self.dim = self.features(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[2]
@@ -197,7 +183,7 @@ class Grid:
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] uint8 -> [B, R, F]."""
-        pixels = self.normalised(pixels).contiguous(memory_format=torch.channels_last)
+        pixels = self.normalised(pixels.to(self.device) / 255).contiguous(memory_format=torch.channels_last)
         with in_bfloat16(self.device):
             maps = self.last_map(self.net, pixels)
         return F.adaptive_avg_pool2d(maps.float(), self.across).flatten(2).transpose(1, 2)
@@ -215,7 +201,7 @@ class Patches:
         self.vision, self.device, self.batch_size = clip.vision, clip.device, clip.batch_size
         across = clip.side // clip.vision.config.patch_size
         self.boxes, self.prepare = cells(across), partial(squashed, side=clip.side)
-        self.normalised = Normalised(clip.processor.image_mean, clip.processor.image_std, device)
+        self.normalised = transforms.Normalize(clip.processor.image_mean, clip.processor.image_std)
         self.dim = clip.vision.config.hidden_size
         self.identity = {"kind": "clip", "network": "CLIP", "weights": fingerprint(clip.vision), "side": clip.side,
                          "regions": across**2, "dim": self.dim, "layers": clip.layers,
@@ -224,7 +210,7 @@ class Patches:
     @torch.inference_mode()
     def look(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """pixels [B, 3, S, S] -> regions [B, R, F], boxes [B, R, 4] in 0..1, count [B]."""
-        pixels = self.normalised(batch["pixels"])
+        pixels = self.normalised(batch["pixels"].to(self.device) / 255)
         with in_bfloat16(self.device):
             states = self.vision(pixel_values=pixels).last_hidden_state
         return of_cells(self.vision.post_layernorm(states[:, 1:].float()), self.boxes)  # without the class token
@@ -257,7 +243,8 @@ class Clip:
             hub.cannot_load, "CLIP", name, "config.json, preprocessor_config.json and pytorch_model.bin or "
             "model.safetensors", "--clip-model", options["local_files_only"])
         try:
-            clip, report = CLIPModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **options)
+            clip, report = CLIPModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32,
+                                                     attn_implementation="sdpa", **options)  # not config.json's
         except Exception as error:  # transformers raises many kinds for a folder that is missing or damaged
             raise cannot_load(error) from error
         missing = sorted(key for key in report["missing_keys"] if key.startswith("vis"))

@@ -111,16 +111,21 @@ def listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one with pictures")
     endings = Image.registered_extensions().keys() - NO_PICTURES
-    found = []
-    for at, folders, names in os.walk(folder, onerror=stop):
+    found, seen = [], set()
+    for at, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails, the trash
+        if (real := os.path.realpath(at)) in seen:  # two links to one folder, or a link that leads round in a circle
+            folders.clear()
+            continue
+        seen.add(real)
         found += [Path(at, name) for name in names if Path(name).suffix.lower() in endings and not name.startswith(".")]
     found.sort()
     if not found:
         raise BadInput(f"{folder}: no pictures in it or in its subfolders")
     for name in (str(path.relative_to(folder)) for path in found):
         if not usable(name):
-            raise BadInput(f"{folder}: the file name {name!r} is not text in UTF-8: rename this file")
+            raise BadInput(f"{folder}: the file name {name!r} has a drive's letter, a control character or text that "
+                           "is not UTF-8: rename this file")
     return found
 
 
@@ -136,7 +141,7 @@ def find(root: Path, names: Sequence[tuple[str, str] | None]) -> list[Path | Non
         for form in ("", "NFC", "NFD"):
             file = unicodedata.normalize(form, name) if form else name
             for path in (root / folder / file, *(at / folder / file for at in usual), *(at / file for at in usual)):
-                if path.is_file():
+                if os.path.isfile(path):  # unlike Path.is_file it says no to a name that is too long
                     return path
         return None
 

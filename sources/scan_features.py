@@ -4,37 +4,35 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from sources import hub
 from sources.fetch import free_bytes, human, say
 from sources.files import BadInput, locked
+from sources.layouts import PRECOMP
 
 HANDLE = "kuanghueilee/scan-features"  # on kaggle.com
-FOLDERS = {"flickr30k": "f30k_precomp", "coco": "coco_precomp"}
 IMAGES = {"flickr30k": {"test": 1_000, "dev": 1_014, "train": 29_000},
           "coco": {"testall": 5_000, "dev": 5_000, "train": 113_287}}
 AN_IMAGE = 36 * 2048 * 4  # bytes: 36 regions of 2048 numbers
 
 
-def fetch_scan_features(dataset: str, root: Path, quiet: bool = False,
-                        free: Callable[[Path], int] = free_bytes) -> None:
-    """Bring {test,dev,train}_ims.npy and _caps.txt into root/f30k_precomp or root/coco_precomp.
+def fetch_scan_features(dataset: str, root: Path, quiet: bool = False) -> None:
+    """Bring _ims.npy and _caps.txt of each split into root/f30k_precomp or root/coco_precomp.
 
     kagglehub goes on where it was if it is stopped. The files move to their place when all are there. Raises BadInput
     if there are no such features, if kagglehub is not installed, if the disk is too small, or if the transfer fails.
     """
-    if dataset not in FOLDERS:
-        raise BadInput(f"--regions files: SCAN's features are of {' and '.join(FOLDERS)}, not of {dataset}; "
+    if dataset not in IMAGES:
+        raise BadInput(f"--regions files: SCAN's features are of {' and '.join(IMAGES)}, not of {dataset}; "
                        "--regions auto computes some from the pictures")
-    folder, work = Path(root) / FOLDERS[dataset], Path(root) / "fetching-features"
+    folder, work = Path(root) / PRECOMP[dataset], Path(root) / f"fetching-features-{dataset}"
     wanted = {f"{split}_{kind}": images * AN_IMAGE if kind == "ims.npy" else 0
               for split, images in IMAGES[dataset].items() for kind in ("ims.npy", "caps.txt")
               if not (folder / f"{split}_{kind}").is_file()}
     if not wanted:
         return
-    need, there = sum(wanted.values()), free(Path(root))
+    need, there = sum(wanted.values()), free_bytes(Path(root))
     about = (f"SCAN's region features from kaggle.com/datasets/{HANDLE}, {human(need)}: the 36 regions an image of the "
              "papers' tables, without boxes")
     try:

@@ -1,6 +1,8 @@
 """What several test files train on: a tiny BERT, a tiny SCAN folder, and the flags that name them."""
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+import train
+from sources.files import BadInput
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background, or nohup,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)               # has them ignore these signals, which some tests send
@@ -19,6 +24,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the processes that they start
 TINY_BERT = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
                  max_position_embeddings=64)
 WORDS = "a red blue green small dog cat ball runs sits on under the grass snow near two men".split()
+
+
+def refused(call: Callable, *said: str) -> None:
+    """The call raises BadInput in one line that says all of this."""
+    with pytest.raises(BadInput) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and all(words in message for words in said), message
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -90,6 +103,22 @@ def undrawn(monkeypatch) -> None:
     draw_nothing(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def trained(root, bert, tmp_path_factory) -> Path:
+    """A run after one epoch, not to be changed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        assert train.main([*flags_for(root, bert, out), "--epochs", "1"]) == 0
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A run after one epoch, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
 def save_clip(folder: Path, seed: int = 0) -> Path:
     """A whole CLIP of random weights, as huggingface.co has them. `networks.Clip` must not need its text half."""
     torch.manual_seed(seed)
@@ -101,11 +130,18 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def save_pictures(folder: Path, names: list[str], seed: int = 0) -> list[Path]:
+def save_pictures(folder: Path, names: list[str], seed: int = 0) -> None:
     """Noise of many sizes under these names."""
     rng = np.random.default_rng(seed)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (*rng.integers(20, 40, 2), 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
-    return [folder / name for name in names]
+
+
+@pytest.fixture
+def no_proxy(monkeypatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -84,7 +84,7 @@ def test_pictures_beside_bottom_up_files_are_enough_for_clip(tmp_path, monkeypat
     assert fetching.are_wanted(chosen, tmp_path, True)
     listing.pictures[1] = tmp_path / "2.jpg"
     assert not fetching.are_wanted(chosen, tmp_path, True)
-    (tmp_path / fetch.WORK).mkdir()  # a fetch was broken off
+    fetch.work_of("coco", tmp_path).mkdir()  # a fetch was broken off
     assert fetching.are_wanted(chosen, tmp_path, True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 from PIL import Image
 
 from sources import features, layouts, photos
@@ -16,13 +17,6 @@ from sources.files import BadInput, explained
 from sources.store import Store, digest, facts
 
 GOOD = [("p1.jpg", "train"), ("p2.jpg", "val"), ("p3.jpg", "test")]
-
-
-def refused(call, *said: str) -> None:
-    with pytest.raises(BadInput) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and all(part in message for part in said), message
 
 
 def folder(root: Path, kind: str, rows: list[tuple[str, str]], caption: str = "a dog") -> dict:

@@ -16,13 +16,7 @@ from harness import models, settings
 from sources import download, hub, networks
 from sources.files import BadInput
 
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+pytestmark = pytest.mark.usefixtures("no_proxy")
 
 
 def test_a_server_that_answers_is_within_reach(monkeypatch):
@@ -127,6 +121,14 @@ def test_what_a_folder_lacks_is_reported(bert, tmp_path):
     copied = shutil.copytree(bert, tmp_path / "bert")
     (copied / "tokenizer.json").unlink()
     assert "neither tokenizer.json nor vocab.txt" in load(copied)
+    shutil.copy(bert / "tokenizer.json", copied)
+    words = json.loads((copied / "tokenizer.json").read_text())
+    words["model"]["vocab"]["one more"] = len(words["model"]["vocab"])
+    (copied / "tokenizer.json").write_text(json.dumps(words))
+    assert f"a BERT for {len(words['model']['vocab']) - 1}" in load(copied)
+    words["model"]["vocab"]["one more"] += 7
+    (copied / "tokenizer.json").write_text(json.dumps(words))
+    assert "do not belong together" in load(copied)
     shutil.copy(bert / "tokenizer.json", copied)
     weights = load_file(copied / "model.safetensors")
     weights.pop("encoder.layer.0.output.dense.bias")

@@ -1,5 +1,6 @@
 """The index on disk: it holds what was encoded, survives kills, and notices changes."""
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,30 @@ def test_damage_is_named(sides, tmp_path):
     folder.mkdir()
     with pytest.raises(BadInput, match="other.*no index"):
         build(folder, sides)
+
+
+def test_an_index_may_be_larger_than_the_memory(tmp_path):
+    size = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with open(tmp_path / "image.tokens", "wb") as file:
+        file.truncate(size)  # it takes no room on the disk
+    assert index.mapped(tmp_path / "image.tokens", torch.float16, size // 2)[-1] == 0
+
+
+def test_an_unfinished_index_that_lost_bytes_is_refused(sides, tmp_path, monkeypatch):
+    """Zeros in their place would get a checksum like any other numbers."""
+    monkeypatch.setattr(index, "BLOCK", 2)
+
+    def killed(kind: str, items: np.ndarray) -> Embeddings:
+        if items[0] > 0:
+            raise KeyboardInterrupt
+        return sides[kind][torch.from_numpy(items)]
+
+    counts = {kind: len(side) for kind, side in sides.items()}
+    with pytest.raises(KeyboardInterrupt):
+        index.build(tmp_path / "index", IDENTITY, counts, killed, names_of(counts))
+    (tmp_path / ".index.index-in-progress" / "image.globals").write_bytes(b"")
+    with pytest.raises(BadInput, match="image.globals: found 0 bytes, expected 64"):
+        build(tmp_path / "index", sides)
 
 
 def test_what_is_not_ours_is_never_touched(sides, tmp_path):

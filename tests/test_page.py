@@ -1,6 +1,5 @@
 """What the page computes and writes: queries, lists, lights, HTML. Gradio is not needed, tests/browser.py uses it."""
 import sys
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,13 +10,12 @@ from PIL import Image
 import losses
 import retrieve
 import train
-from harness import markup, queries
+from harness import flags, markup, queries
 from retrieve import Embeddings
 from sources import scenes
 from sources.files import BadInput
 
-OPTIONS = {"split": None, "data_root": None, "region_weights": None, "clip_model": None, "device": "cpu",
-           "from_run": None, "skip_bad": False, "workers": 0}
+OPTIONS = flags.search_parser().parse_args(["page", "run", "--device", "cpu"])
 
 
 def random(kind: str, lengths: list[int], seed: int) -> Embeddings:
@@ -38,7 +36,7 @@ def side(tmp_path_factory) -> queries.Side:
         draw_nothing(patch)
         flags = ["--epochs", "1", "--batch-size", "16", "--dim", "8", "--region-width", "8", "--feedforward", "8"]
         assert train.main([*flags, "--text-layers", "1", "--device", "cpu", "--quiet", "--out", str(run)]) == 0
-        yield queries.open_side(run, Namespace(**OPTIONS))
+        yield queries.open_side(run, OPTIONS)
 
 
 def test_both_lists_hold_the_same_and_say_what_moved():
@@ -121,16 +119,16 @@ def test_what_the_page_says(side):
 def test_an_index_is_opened_and_a_changed_one_is_refused(side, tmp_path, monkeypatch):
     out = tmp_path / "index"
     assert retrieve.main(["index", side.name, "--out", str(out), "--device", "cpu"]) == 0
-    opened = queries.open_side(out, Namespace(**OPTIONS))
+    opened = queries.open_side(out, OPTIONS)
     caption = side.run.split.captions[0]
     both = [queries.both_lists(queries.ask_caption(each, caption).encoded, each.images, 5, 0.0, "mean")[0]
             for each in (side, opened)]
     assert [each.row for each in both[0]] == [each.row for each in both[1]]
     monkeypatch.setattr(scenes, "SPLITS", {"train": 16, "val": 12, "test": 13})
     with pytest.raises(BadInput, match="make the index anew"):
-        queries.open_side(out, Namespace(**OPTIONS))
+        queries.open_side(out, OPTIONS)
     with pytest.raises(BadInput, match="on disk"):
-        queries.open_side("qdrant://127.0.0.1:1/name", Namespace(**OPTIONS))
+        queries.open_side("qdrant://127.0.0.1:1/name", OPTIONS)
 
 
 def test_an_index_of_pictures_takes_captions(side, tmp_path):
@@ -139,13 +137,13 @@ def test_an_index_of_pictures_takes_captions(side, tmp_path):
         side.run.split.picture(row).save(tmp_path / "mine" / f"{row}.png")
     out = tmp_path / "index"
     assert retrieve.main(["index", side.name, "--images", str(tmp_path / "mine"), "--out", str(out)]) == 0
-    opened = queries.open_side(out, Namespace(**OPTIONS))
+    opened = queries.open_side(out, OPTIONS)
     query = queries.ask_caption(opened, "a red star")
     html = markup.draw(opened, query, queries.Click(-1, 1, "red"), 100, 10.0)
     assert html.count("<img") == 8 and "white frame" in html and "captions" not in markup.heading(opened)
     (tmp_path / "mine" / "3.png").unlink()
     with pytest.raises(BadInput, match="make the index anew"):
-        queries.open_side(out, Namespace(**OPTIONS))
+        queries.open_side(out, OPTIONS)
 
 
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path, capsys, monkeypatch):

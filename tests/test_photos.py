@@ -82,8 +82,6 @@ def test_a_picture_is_turned_upright_whatever_else_its_exif_data_hold(tmp_path):
     image = photos.read(tmp_path / "side.jpg")
     assert image.size == (40, 20) and near(image, (0.2, 0.5), RED) and near(image, (0.8, 0.5), GREEN)
     halves().save(tmp_path / "broken.png", exif=b"Exif\0\0no TIFF header")
-    with pytest.raises(SyntaxError, match="TIFF"):
-        Image.open(tmp_path / "broken.png").getexif()
     assert photos.read(tmp_path / "broken.png").size == halves().size
 
 
@@ -97,14 +95,6 @@ def test_a_large_jpeg_is_halved_before_its_pixels_are_counted(tmp_path, monkeypa
     monkeypatch.setattr(photos, "MOST_PIXELS", 10_000)
     with pytest.raises(BadInput, match="20,000 pixels, the limit is 10,000"):
         photos.read(tmp_path / "large.jpg")
-
-
-def test_odd_sizes(tmp_path):
-    Image.new("RGB", (1, 1), RED).save(tmp_path / "one.png")
-    halves((20_000, 10)).save(tmp_path / "wide.png")
-    assert photos.read(tmp_path / "one.png").size == (1, 1)
-    wide = photos.read(tmp_path / "wide.png")
-    assert wide.size == (20_000, 10) and near(wide, (0.9, 0.5), GREEN)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path, monkeypatch):
@@ -134,11 +124,11 @@ def test_pictures_are_found_in_the_usual_folders_and_by_either_spelling(tmp_path
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         halves((2, 2)).save(tmp_path / place)
     wanted = [("", "a.png"), ("", "b.png"), ("deep/er", "c.png"), ("", "deep/er/c.png"), ("", "none.png"), None,
-              ("", accented), ("gone", "b.png"), ("cats", "d.png")]
+              ("", accented), ("gone", "b.png"), ("cats", "d.png"), ("", "long" * 100)]
     found = photos.find(tmp_path, wanted)
     assert [None if path is None else unicodedata.normalize("NFC", path.relative_to(tmp_path).as_posix())
             for path in found] == ["a.png", "images/b.png", "deep/er/c.png", "deep/er/c.png", None, None,
-                                   f"images/{accented}", "images/b.png", "images/cats/d.png"]
+                                   f"images/{accented}", "images/b.png", "images/cats/d.png", None]
 
 
 def test_a_folder_is_listed_with_the_folders_in_it(tmp_path):
@@ -146,7 +136,13 @@ def test_a_folder_is_listed_with_the_folders_in_it(tmp_path):
                   "paper.PDF", "film.mpg", "data.h5", "figure.eps"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_bytes(b"")
-    assert [path.relative_to(tmp_path).as_posix() for path in photos.listed(tmp_path)] == ["a/z.png", "b.JPG"]
+    (tmp_path / "a" / "round").symlink_to(tmp_path)  # would never end
+    elsewhere = tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    halves((2, 2)).save(elsewhere / "e.png")
+    (tmp_path / "linked").symlink_to(elsewhere)
+    found = [path.relative_to(tmp_path).as_posix() for path in photos.listed(tmp_path)]
+    assert found == ["a/z.png", "b.JPG", "linked/e.png"]
     with pytest.raises(BadInput, match="no such folder"):
         photos.listed(tmp_path / "none")
     (tmp_path / "empty").mkdir()

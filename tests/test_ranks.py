@@ -201,8 +201,6 @@ def test_a_lost_rank_ends_the_others_with_a_line(flags, tmp_path):
     (code, said), (lost, _) = two_ranks(run_main, out, flags[:-2], 3, signal.SIGKILL)
     assert (code, lost) == (2, -signal.SIGKILL)
     assert said.splitlines()[-1].startswith("error: another process") and "Traceback" not in said
-    spoke, died = ((out / f"said{rank}").stat().st_mtime for rank in range(2))
-    assert spoke - died < 20
 
 
 def test_one_rank_alone_reports_a_mistake(flags, tmp_path):

@@ -13,7 +13,7 @@ import torch
 import data
 import retrieve
 import train
-from harness import index
+from harness import index, report
 from harness import search as command_line
 from sources.files import BadInput
 
@@ -76,7 +76,7 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
         patch.setattr(data, "load", fewer)
         capsys.readouterr()
         assert retrieve.main(["search", out, "a red dog", "--save", str(picture)]) == 2
-        assert "its pictures have changed since it was made" in capsys.readouterr().err
+        assert "have changed since it was made" in capsys.readouterr().err
 
     weights = Path(run) / "best.pt"
     with monkeypatch.context() as patch:  # an epoch ends while the data is read
@@ -112,10 +112,8 @@ def answers_of(where: str, caption: str, capsys) -> list:
     return json.loads(capsys.readouterr().out)["found"]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_the_tokens_have_the_precision_that_is_asked_for(flags, tmp_path, monkeypatch):
-    run, seen, evaluate = str(tmp_path / "run"), [], retrieve.evaluate
-    assert train.main([*flags, "--epochs", "1"]) == 0
+def test_the_tokens_have_the_precision_that_is_asked_for(trained, tmp_path, monkeypatch):
+    run, seen, evaluate = str(trained), [], retrieve.evaluate
 
     def watched(images, texts, *rest, **options):
         seen.append((images.tokens.dtype, texts.tokens.dtype))
@@ -128,24 +126,59 @@ def test_the_tokens_have_the_precision_that_is_asked_for(flags, tmp_path, monkey
         assert index.load(tmp_path / name).images.tokens.dtype == dtype
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_an_index_knows_one_split_only(flags, tmp_path, capsys):
-    run, out = str(tmp_path / "run"), str(tmp_path / "index")
-    assert train.main([*flags, "--epochs", "1"]) == 0
-    assert retrieve.main(["index", run, "--out", out]) == 0
+def test_an_index_knows_one_split_only(trained, tmp_path, capsys):
+    out = str(tmp_path / "index")
+    assert retrieve.main(["index", str(trained), "--out", out]) == 0
     assert retrieve.main(["search", out, "a red dog", "--split", "val"]) == 0
     capsys.readouterr()
     assert retrieve.main(["search", out, "a red dog", "--split", "train"]) == 2
     assert "split val, not train" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_shortlists_of_several_lengths(flags, tmp_path, capsys):
-    assert train.main([*flags, "--epochs", "1"]) == 0
+def test_an_index_of_pictures_that_changed_is_refused(flags, root, tmp_path, capsys, undrawn):
+    copy = Path(shutil.copytree(root, tmp_path / "data"))
+    flags[flags.index("--data-root") + 1] = str(copy)
+    out, picture = str(tmp_path / "index"), str(tmp_path / "found.png")
+    assert train.main([*flags, "--epochs", "1"]) == retrieve.main(["index", str(tmp_path / "run"), "--out", out]) == 0
+    np.save(copy / "dev_ims.npy", np.load(copy / "dev_ims.npy")[::-1].copy())  # the names are the same
+    assert retrieve.main(["search", out, "a red dog"]) == 0  # an index alone needs no data
     capsys.readouterr()
-    assert retrieve.main(["evaluate", str(tmp_path / "run"), "--shortlist", "1,2,8"]) == 0
+    assert retrieve.main(["search", out, "a red dog", "--save", picture]) == 2
+    assert "have changed since it was made" in capsys.readouterr().err
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--epochs", "2", "--device", "cpu"]) == 2
+    assert "began with other captions or features of split val" in capsys.readouterr().err
+
+
+def test_the_test_files_alone_are_enough(trained, root, tmp_path, capsys):
+    for name in ("ims.npy", "caps.txt"):
+        shutil.copy(root / f"dev_{name}", tmp_path / f"test_{name}")
+    assert retrieve.main(["evaluate", str(trained), "--data-root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("test: 4 images")
+
+
+def test_a_damaged_picture_is_not_drawn_and_costs_nothing_else(run, root, tmp_path, capsys):
+    """The features come from files, so nobody has looked at the pictures."""
+    copy = Path(shutil.copytree(root, tmp_path / "data"))
+    captions = (copy / "dev_caps.txt").read_text().splitlines()
+    images = [{"filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": text} for text in captions[2 * i :][:2]]}
+              for i in range(4)]
+    (copy / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    for image in images:
+        (copy / image["filename"]).write_bytes(b"nonsense")
+    picture = tmp_path / "found.png"
+    assert retrieve.main(["search", str(run), "a red dog", "--data-root", str(copy), "--save", str(picture)]) == 0
+    assert picture.stat().st_size > 0 and "warning: " in capsys.readouterr().err
+
+
+def test_a_caption_is_printed_without_what_would_change_the_terminal(capsys):
+    report.show("", [{"name": "a \x1b[31mred\ndog", "score": 1.0, "global": 1.0}], False, False)
+    assert capsys.readouterr().out.splitlines()[1].endswith("a  [31mred dog")
+
+
+def test_shortlists_of_several_lengths(run, capsys):
+    assert retrieve.main(["evaluate", str(run), "--shortlist", "1,2,8"]) == 0
     said = capsys.readouterr().out
-    assert (tmp_path / "run" / "shortlist.png").stat().st_size > 0
+    assert (run / "shortlist.png").stat().st_size > 0
     rows = [line.split() for line in said.splitlines()]
     assert [row[0] for row in rows if len(row) == 5 and row[0] in "128"] == ["1", "2", "8"]
     mixed = next(row for row in rows if row[:2] == ["exhaustive", "mixed"])

@@ -400,7 +400,7 @@ def test_the_commands(flags, server, undrawn, tmp_path, capsys, monkeypatch, mod
         patch.setattr(folder, "fingerprint", lambda split: "other")
         capsys.readouterr()
         assert retrieve.main(["evaluate", server.address]) == 2
-        assert "other captions or features than the data has now" in capsys.readouterr().err
+        assert "have changed since it was made" in capsys.readouterr().err
 
     weights = Path(run) / "best.pt"
     weights.write_bytes(weights.read_bytes() + b"trained on")

@@ -96,17 +96,6 @@ def test_the_first_layers_of_bert_give_its_hidden_state():
             tgdt.first_layers(bert, layers)
 
 
-def test_each_depth_and_the_dropout_reach_their_layers():
-    bert = BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False)
-    model = tgdt.TGDT(bert, 12, 8, region_layers=1, local_layers=2, global_layers=3, dropout=0.3)
-    assert len(model.region_encoder.encoder.layers) == 1
-    for branch in (model.image_branch, model.text_branch):
-        assert [len(part.layers) for part in (branch.local_encoder, branch.global_encoder)] == [2, 3]
-    parts = [part for own in (model.region_encoder, model.image_branch, model.text_branch) for part in own.modules()]
-    assert {part.p for part in parts if isinstance(part, torch.nn.Dropout)} == {0.3}
-    assert {part.dropout for part in parts if isinstance(part, torch.nn.MultiheadAttention)} == {0.3}
-
-
 def test_a_released_image_token_has_no_feature_and_no_box():
     encoder, batch, seen = tgdt.RegionEncoder(12, 8, 1, 2, 16, 0.0, zero_image_token=True), make_batch(), []
     encoder.geometry.register_forward_pre_hook(lambda layer, given: seen.extend(given))

@@ -204,13 +204,6 @@ def test_where_the_fine_gradient_is_cut_off_the_other_levels_still_train_the_tok
         assert part.weight.grad is not None and part.weight.grad.abs().max() > 0
 
 
-def test_the_dropout_reaches_the_fine_level():
-    model = unified.Unified(BertModel(BertConfig(**TINY_BERT), add_pooling_layer=False), 12, 8, dropout=0.3)
-    parts = [*model.fine_regions.modules(), *model.fine_words.modules()]
-    assert {part.p for part in parts if isinstance(part, torch.nn.Dropout)} == {0.3}
-    assert {part.dropout for part in parts if isinstance(part, torch.nn.MultiheadAttention)} == {0.3}
-
-
 def test_groups_of_captions_are_as_wide_as_the_batch_even_where_all_is_padding():
     """Several processes join their shares, so these need one width."""
     mask = torch.arange(15) < torch.arange(3, 12).repeat(10)[:, None]

@@ -301,7 +301,3 @@ def test_the_momentum_encoder_has_no_gradient_and_no_dropout():
     assert all(torch.equal(a, b) for a, b in zip(both(momentum.encoder, batch), both(momentum.encoder, batch),
                                                  strict=True))
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_the_dropout_reaches_sge():
-    assert user.SelfGuidedEnhancement(12, dropout=0.3).dropout.p == 0.3
