@@ -88,8 +88,8 @@ def finished(dataset: str, root: Path) -> bool:
     This is a quick look: one of the pictures that the start of the JSON names is enough, and one of each archive.
     """
     path = annotations.find(root, f"dataset_{dataset}.json")
-    archives = [root / address.name for addresses in SOURCES[dataset].pictures.values() for address in addresses]
-    if path is None or any(unfinished.exists() for unfinished in (work_of(dataset, root), *archives)):
+    zips = [root / address.name for addresses in SOURCES[dataset].pictures.values() for address in addresses]
+    if path is None or any(unfinished.exists() for unfinished in (work_of(dataset, root), *zips)):
         return False
     with open(path, "rb") as file:
         start = file.read(100_000).decode(errors="replace")
