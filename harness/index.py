@@ -221,5 +221,5 @@ def mapped(path: Path, dtype: torch.dtype, size: int) -> torch.Tensor:
         return torch.zeros(0, dtype=dtype)
     with warnings.catch_warnings():  # PyTorch has no read-only tensors, and warns
         warnings.simplefilter("ignore", UserWarning)
-        # (torch.from_file maps it to be written to, and fails for a file that is larger than the memory.)
+        # (torch.from_file maps it for writing, and fails for a file that is larger than the memory.)
         return torch.from_numpy(np.memmap(path, np.uint8, "r")).view(dtype)

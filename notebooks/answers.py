@@ -86,121 +86,6 @@ def write_rank():
     assert checks.rank(rank)
 
 
-# ------------------------------------------------------------------------------------------------------ 3, losses
-
-
-def cells_with_a_gradient():
-    """Cells with a gradient in a batch of 128"""
-    similarity = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)) / 4
-    touched = {}
-    for negatives in ("hardest", "mean"):
-        moving = similarity.clone().requires_grad_()
-        push = torch.autograd.grad(losses.hinge(moving, negatives=negatives), moving)[0]
-        touched[negatives] = int((push != 0).sum())
-    print(f"of {similarity.numel()} cells: hardest {touched['hardest']}, mean {touched['mean']}")
-    assert touched["hardest"] <= 3 * 128 < touched["mean"]
-
-
-def collapsed():
-    """The loss of a collapsed batch, per pair"""
-    B = 128
-    same = torch.nn.functional.normalize(torch.ones(B, 16), dim=1)
-    ones = torch.ones(B, B)
-    print(f"hinge {losses.hinge(ones) / B:.2f}   CMC, both levels {losses.cmc(same, same, ones) / B:.2f}   "
-          f"InfoNCE {losses.info_nce(ones):.2f}   UTO {losses.uto_batch(ones):.2f}")
-
-
-def disagreeing_pairs():
-    """Two pairs whose hinge is 0 and whose intra-modal part is not"""
-    v, t = show.unit(torch.deg2rad(torch.tensor([[0.0, 100.0], [0.0, 160.0]])))
-    print(f"hinge {losses.hinge(v @ t.T):.2f}   intra-modal {losses.intra_consistency(v, t):.2f}"
-          f"   (images {(v[0] @ v[1]):.2f}, captions {(t[0] @ t[1]):.2f})")
-    assert losses.hinge(v @ t.T) == 0 < losses.intra_consistency(v, t)
-
-
-def even_pairs(S):
-    """Pairs evenly on the circle, and a shift of all similarities"""
-    for pairs in (5, 6, 7):
-        points = show.unit(torch.arange(pairs) * 2 * math.pi / pairs)
-        print(f"{pairs} pairs: UTO {losses.uto_batch(points @ points.T):.3f}  (smallest possible {-math.log(2):.3f})")
-    for name, loss in (("hinge", losses.hinge), ("InfoNCE", losses.info_nce), ("UTO", losses.uto_batch)):
-        print(f"shift by 0.1: {name} {loss(S):.3f} -> {loss(S + 0.1):.3f}")
-
-
-def expected_false_negatives(split):
-    """Expected false negatives"""
-    print(f"Flickr30K, batch of 128: {128 * 127 * 4 / 144999:.2f}   queue of 2048: {2048 * 4 / 145000:.3f} a query")
-    first = data.epoch_batches(split.image_of, 72, 3, seed=0, epoch=0)[0]
-    who = torch.as_tensor(split.image_of[first])
-    print(f"scenes, batch of 72: {int((who[:, None] == who).sum()) - 72}")
-
-
-def sum_of_thirty():
-    """A sum of 30 words, word by word, in bfloat16 and in float32"""
-    values = 0.8 + 0.05 * torch.randn(30, generator=torch.Generator().manual_seed(0))
-    total = torch.zeros((), dtype=torch.bfloat16)
-    for value in values.bfloat16():
-        total = total + value
-    print(f"bfloat16 {total.item():.3f}   float32 {values.sum().item():.3f}")
-
-
-def write_masked_hinge():
-    """One way to write it"""
-    def masked_hinge(similarity, positives, margin):
-        truth = similarity.diagonal()
-        rows = (margin + similarity - truth[:, None]).clamp(min=0)
-        columns = (margin + similarity - truth[None, :]).clamp(min=0)
-        rows[positives] = columns[positives] = 0
-        return rows.amax(1).sum() + columns.amax(0).sum()
-
-    assert checks.masked_hinge(masked_hinge)
-
-
-# -------------------------------------------------------------------------------------------- 5, two-stage retrieval
-
-
-def captions_for_a_picture(images, texts, test, options, row):
-    """Captions for one picture; a star marks its own"""
-    found, _ = retrieve.search(images[row : row + 1], texts, 10, **options)
-    for place, c in enumerate(found[0].tolist(), 1):
-        print(f"{place:2d} {'*' if test.image_of[c] == row else ' '} {test.captions[c]}")
-
-
-def length_for(before):
-    """The K that loses one caption in a hundred"""
-    print("K =", int(before.double().quantile(0.99).ceil()))
-
-
-def no_answer(encode_text, images, options):
-    """The best score of a sensible and of an impossible query"""
-    for text in ("there is a red star", "there is a red elephant"):
-        _, scores = retrieve.search(encode_text(text), images, 100, **options)
-        print(f"{scores[0, 0]:.2f}  {text}")
-
-
-def compete(encode_text, one, texts, options):
-    """Captions of your own among the 2,500 others, by the mixed similarity"""
-    def mixed(captions):
-        local = retrieve.local_matrix(one, captions, options["reduction"])
-        return one.globals @ captions.globals.T + options["weight"] * local
-
-    others = mixed(texts)
-    for text in ("there is a white moon as well as a blue ring and a yellow star",
-                 "there is a yellow moon as well as a white ring and a blue star"):
-        score = mixed(encode_text(text))
-        print(f"rank {1 + int((others >= score).sum()):4d} of 2501: {text}")
-
-
-def write_two_stage():
-    """One way to write it"""
-    def two_stage(coarse, fine, k, weight):
-        scores, rows = coarse.topk(k)
-        order = (scores + weight * fine(rows)).argsort(descending=True)
-        return rows[order]
-
-    assert checks.two_stage(two_stage)
-
-
 # ------------------------------------------------------------------------------------------------------- 2, TGDT
 
 
@@ -298,6 +183,76 @@ def memory(images):
     print(f"coarse {images.globals.nbytes / 1e6:.2f} MB, fine {images.tokens.nbytes / 1e6:.2f} MB")
 
 
+# ------------------------------------------------------------------------------------------------------ 3, losses
+
+
+def cells_with_a_gradient():
+    """Cells with a gradient in a batch of 128"""
+    similarity = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)) / 4
+    touched = {}
+    for negatives in ("hardest", "mean"):
+        moving = similarity.clone().requires_grad_()
+        push = torch.autograd.grad(losses.hinge(moving, negatives=negatives), moving)[0]
+        touched[negatives] = int((push != 0).sum())
+    print(f"of {similarity.numel()} cells: hardest {touched['hardest']}, mean {touched['mean']}")
+    assert touched["hardest"] <= 3 * 128 < touched["mean"]
+
+
+def collapsed():
+    """The loss of a collapsed batch, per pair"""
+    B = 128
+    same = torch.nn.functional.normalize(torch.ones(B, 16), dim=1)
+    ones = torch.ones(B, B)
+    print(f"hinge {losses.hinge(ones) / B:.2f}   CMC, both levels {losses.cmc(same, same, ones) / B:.2f}   "
+          f"InfoNCE {losses.info_nce(ones):.2f}   UTO {losses.uto_batch(ones):.2f}")
+
+
+def disagreeing_pairs():
+    """Two pairs whose hinge is 0 and whose intra-modal part is not"""
+    v, t = show.unit(torch.deg2rad(torch.tensor([[0.0, 100.0], [0.0, 160.0]])))
+    print(f"hinge {losses.hinge(v @ t.T):.2f}   intra-modal {losses.intra_consistency(v, t):.2f}"
+          f"   (images {(v[0] @ v[1]):.2f}, captions {(t[0] @ t[1]):.2f})")
+    assert losses.hinge(v @ t.T) == 0 < losses.intra_consistency(v, t)
+
+
+def even_pairs(S):
+    """Pairs evenly on the circle, and a shift of all similarities"""
+    for pairs in (5, 6, 7):
+        points = show.unit(torch.arange(pairs) * 2 * math.pi / pairs)
+        print(f"{pairs} pairs: UTO {losses.uto_batch(points @ points.T):.3f}  (smallest possible {-math.log(2):.3f})")
+    for name, loss in (("hinge", losses.hinge), ("InfoNCE", losses.info_nce), ("UTO", losses.uto_batch)):
+        print(f"shift by 0.1: {name} {loss(S):.3f} -> {loss(S + 0.1):.3f}")
+
+
+def expected_false_negatives(split):
+    """Expected false negatives"""
+    print(f"Flickr30K, batch of 128: {128 * 127 * 4 / 144999:.2f}   queue of 2048: {2048 * 4 / 145000:.3f} a query")
+    first = data.epoch_batches(split.image_of, 72, 3, seed=0, epoch=0)[0]
+    who = torch.as_tensor(split.image_of[first])
+    print(f"scenes, batch of 72: {int((who[:, None] == who).sum()) - 72}")
+
+
+def sum_of_thirty():
+    """A sum of 30 words, word by word, in bfloat16 and in float32"""
+    values = 0.8 + 0.05 * torch.randn(30, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros((), dtype=torch.bfloat16)
+    for value in values.bfloat16():
+        total = total + value
+    print(f"bfloat16 {total.item():.3f}   float32 {values.sum().item():.3f}")
+
+
+def write_masked_hinge():
+    """One way to write it"""
+    def masked_hinge(similarity, positives, margin):
+        truth = similarity.diagonal()
+        rows = (margin + similarity - truth[:, None]).clamp(min=0)
+        columns = (margin + similarity - truth[None, :]).clamp(min=0)
+        rows[positives] = columns[positives] = 0
+        return rows.amax(1).sum() + columns.amax(0).sum()
+
+    assert checks.masked_hinge(masked_hinge)
+
+
 # ------------------------------------------------------------------------------------------------------- 4, USER
 
 
@@ -342,6 +297,51 @@ def permuted_regions(model, batch):
     difference = (model.encode_images(mixed).globals - model.encode_images(batch).globals).abs().max()
     print("the same vector:", bool(difference < 1e-4))
     assert difference < 1e-4
+
+
+# -------------------------------------------------------------------------------------------- 5, two-stage retrieval
+
+
+def captions_for_a_picture(images, texts, test, options, row):
+    """Captions for one picture; a star marks its own"""
+    found, _ = retrieve.search(images[row : row + 1], texts, 10, **options)
+    for place, c in enumerate(found[0].tolist(), 1):
+        print(f"{place:2d} {'*' if test.image_of[c] == row else ' '} {test.captions[c]}")
+
+
+def length_for(before):
+    """The K that loses one caption in a hundred"""
+    print("K =", int(before.double().quantile(0.99).ceil()))
+
+
+def no_answer(encode_text, images, options):
+    """The best score of a sensible and of an impossible query"""
+    for text in ("there is a red star", "there is a red elephant"):
+        _, scores = retrieve.search(encode_text(text), images, 100, **options)
+        print(f"{scores[0, 0]:.2f}  {text}")
+
+
+def compete(encode_text, one, texts, options):
+    """Captions of your own among the 2,500 others, by the mixed similarity"""
+    def mixed(captions):
+        local = retrieve.local_matrix(one, captions, options["reduction"])
+        return one.globals @ captions.globals.T + options["weight"] * local
+
+    others = mixed(texts)
+    for text in ("there is a white moon as well as a blue ring and a yellow star",
+                 "there is a yellow moon as well as a white ring and a blue star"):
+        score = mixed(encode_text(text))
+        print(f"rank {1 + int((others >= score).sum()):4d} of 2501: {text}")
+
+
+def write_two_stage():
+    """One way to write it"""
+    def two_stage(coarse, fine, k, weight):
+        scores, rows = coarse.topk(k)
+        order = (scores + weight * fine(rows)).argsort(descending=True)
+        return rows[order]
+
+    assert checks.two_stage(two_stage)
 
 
 # ------------------------------------------------------------------------------------------------- 6, photographs

@@ -79,7 +79,7 @@ def append(path: Path, end: int, content: bytes) -> None:
     try:
         with open(path, "ab") as file:
             if (found := file.tell()) < end:
-                raise BadInput(f"{path}: found {found:,} bytes, expected {end:,}: it was cut short, remove its folder")
+                raise BadInput(f"{path}: found {found:,} bytes, expected {end:,}: it was cut short: remove its folder")
             file.truncate(end)
             file.write(content)
             file.flush()

@@ -391,7 +391,7 @@ def test_without_a_network_two_seconds_tell_what_to_fetch_and_where_to_put_it(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_source_is_taken_at_once_if_the_first_cannot_be_reached(tmp_path, server):
+def test_a_second_source_is_taken_if_the_first_cannot_be_reached(tmp_path, server):
     source = serve(server, "flickr8k", plain=True)
     gone = Address("http://127.0.0.1:9/Flickr8k_Dataset.zip", source.pictures[""][0].size)
     fetch.fetch("flickr8k", tmp_path, source._replace(pictures={"": [gone, *source.pictures[""]]}))
