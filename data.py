@@ -55,7 +55,7 @@ class Split:
         return int(name) if re.fullmatch("[0-9]{1,9}", name) and int(name) < len(self.image_names) else None
 
     def keep(self, good: np.ndarray) -> None:
-        """Drop all images but the good ones, and their captions, before there are features. good: [N] bool."""
+        """Drop the images that are not good, and their captions. Call it before there are features. good: [N] bool."""
         kept = good[self.image_of]                                                    # [M] bool
         self.captions = [caption for caption, stays in zip(self.captions, kept, strict=True) if stays]
         new_row = np.cumsum(good) - 1                                                 # [N], for the good images
@@ -69,8 +69,8 @@ def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val
     """The splits of a dataset: "scenes", which needs no files, "flickr8k", "flickr30k", "coco" or "folder" (your own).
 
     root: the folder of the files. A "test" split is left out if the dataset has none. regions: "files" wants files of
-    region features, "auto" takes them if they are there, any other word leaves `features` None. split_seed: how
-    your own pictures are drawn into splits if their table does not say. Raises BadInput if a file is missing or wrong,
+    region features, "auto" takes them if they are there, any other word leaves `features` None. split_seed:
+    seed of the splits of your own pictures, if their table names none. Raises BadInput if a file is missing or wrong,
     or if there is only one picture to train on.
     """
     if dataset == "scenes":
@@ -104,7 +104,7 @@ def tokenize(captions: Sequence[str], tokenizer, longest: int) -> list[np.ndarra
         words += [np.array(ids, np.int32) for ids in part["input_ids"]]
     for row, ids in enumerate(words):
         if len(ids) <= tokenizer.num_special_tokens_to_add():
-            raise BadInput(f"caption {row}, {captions[row]!r}: the tokenizer finds no word in it")
+            raise BadInput(f"caption {row + 1} of {len(words)}, {captions[row]!r}: the tokenizer finds no word in it")
     return words
 
 
@@ -133,7 +133,7 @@ class CaptionNoise:
         self.mask_id, self.chance = tokenizer.mask_token_id, chance
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The word pieces of one caption with fresh noise."""
+        """ids [W] int32, with [CLS] and [SEP] -> the ids with fresh noise, at most W. rng draws the noise."""
         noisy, fate = [], ""
         for piece in ids[1:-1].tolist():
             if not fate or not self.continues[piece]:  # a new word draws its fate
@@ -170,8 +170,8 @@ def image_side(split: Split, images: np.ndarray) -> dict[str, Tensor]:
 class Pairs(torch.utils.data.Dataset):
     """Training batches: pairs[rows of captions] is the batch of these captions and their images.
 
-    Use it as DataLoader(pairs, sampler=batches, batch_size=None), with batches from `epoch_batches`. seed: of the
-    noise, together with the first caption of the batch, so that a resumed run draws the same.
+    Use it as DataLoader(pairs, sampler=batches, batch_size=None), with batches from `epoch_batches`. The noise
+    depends on `seed` and on the first caption of the batch, so a resumed run draws the same noise.
     """
 
     def __init__(self, split: Split, words: list[np.ndarray], noise: CaptionNoise | None = None,

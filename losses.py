@@ -5,7 +5,7 @@ Training" (TGDT), the part on CMC, and Zhang et al., "USER: Unified Semantic Enh
 Image-Text Retrieval" (USER), the part on UTO. The symbols of both papers are listed in docs/symbols.md.
 
 Everything here is a function of tensors. A batch holds B captions, and row i of a [B, B] similarity matrix is the
-image of caption i, so the true pairs stand on the diagonal. If two captions of one image meet in a batch, there are
+image of caption i, so the true pairs are on the diagonal. If two captions of one image meet in a batch, there are
 true pairs off the diagonal, too. `positives` marks all true pairs, and no loss uses one of them as a negative.
 """
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """float64 stays, half precision becomes float32: the sums of a loss would lose digits in it."""
+    """Half precision becomes float32, because the sums of a loss would lose digits in it; float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -47,7 +47,7 @@ def hinge(similarity: Tensor, margin: float = 0.2, positives: Tensor | None = No
     """
     similarity, positives = at_least_float32(similarity), with_diagonal(similarity, positives)
     truth = similarity.diagonal()
-    # A true pair gets 0, the least that a hinge can be, so it never is the worst. rows, columns: [B, B]
+    # A true pair gets 0, the least that a hinge can be, so it is never the worst. rows, columns: [B, B]
     rows = (margin + similarity - truth[:, None]).clamp(min=0).masked_fill(positives, 0)
     columns = (margin + similarity - truth[None, :]).clamp(min=0).masked_fill(positives, 0)
     if negatives == "hardest":
@@ -79,7 +79,7 @@ def local_similarity(region_tokens: Tensor, region_mask: Tensor, word_tokens: Te
 
 
 def over_words(total: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """total [..., C], sums over the words of each caption, as they are or divided by the numbers of words, count [C].
+    """total [..., C], sums over each caption's words: as they are ("sum"), or divided by the count [C] ("mean").
 
     Raises ValueError for another reduction.
     """
@@ -105,7 +105,7 @@ def cmc(image_global: Tensor, text_global: Tensor, local: Tensor | None = None, 
 
     image_global, text_global: [B, D] unit length.  local: [B, B] from `local_similarity`, or None for the coarse level
     alone. The local similarity gets its weight before the hinge, the same weight that it has in re-ranking.
-    Returns a scalar, a sum over the pairs.
+    Returns a scalar, a sum over the pairs. Raises ValueError as `hinge` does.
     """
     loss = hinge(image_global @ text_global.T, margin, positives, negatives)
     if local is not None:
@@ -120,12 +120,12 @@ def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | 
              teacher: Tensor | None = None, distill: float = 0.0) -> Tensor:
     """InfoNCE (CPC; half of it is CLIP's loss): both directions summed, each a mean over the pairs.
 
-    Each row is a question with B answers, and the one on the diagonal is right: the cross-entropy of
-    softmax(s / temperature). So is each column. similarity: [B, B], images by captions. positives: [B, B] bool, all
+    Each row and each column is a question with B answers; the one on the diagonal is right: the cross-entropy of
+    softmax(s / temperature). similarity: [B, B], images by captions. positives: [B, B] bool, all
     true pairs; those off the diagonal are left out, and are neither right nor wrong answers. (An image with two
     captions in the batch counts twice as a wrong answer to other captions.) teacher: [B, B], the same similarities by
     a better model. Its softmax gives the share `distill` of the target, the diagonal the rest (momentum distillation,
-    ALBEF).
+    ALBEF). Returns a scalar. Raises ValueError if the matrix is not square.
     """
     diagonal = with_diagonal(similarity, None)
     left_out = with_diagonal(similarity, positives) & ~diagonal
@@ -169,7 +169,7 @@ def uto_batch(similarity: Tensor, mu: float = 90.0, gamma: float = 0.5, positive
     """The unified training objective on a batch, a mean over its pairs (USER, UTO).
 
     similarity: [B, B], images by captions, true pairs on the diagonal. positives: [B, B] bool, all true pairs; None
-    means the diagonal alone. reward_floor: see `reward`. Returns a scalar.
+    means the diagonal alone. reward_floor: see `reward`. Returns a scalar. Raises ValueError if it is not square.
     """
     positives = with_diagonal(similarity, positives)
     rows = soft_hinge(similarity, positives, mu, gamma)
@@ -231,7 +231,7 @@ def contrast(images, texts, image_row: Tensor, reduction: str = "mean", infonce_
     """InfoNCE on each of `levels`, summed. Returns a scalar, a mean over the B pairs.
 
     images, texts: what the model encoded (`tgdt.Encoded`). image_row: [B] long, the row of `images` that each caption
-    belongs to; the captions of one image are all true pairs of it. teacher: the same images and texts, encoded by the
+    belongs to; all captions of an image are its true pairs. teacher: the same images and texts, encoded by the
     momentum copy; for `distill` see `info_nce`.
     """
     if infonce_weight == 0:
@@ -247,8 +247,8 @@ def tgdt_loss(images, texts, image_row: Tensor, margin: float = 0.2, intra_margi
               local_weight: float = 10.0, reduction: str = "sum", negatives: str = "hardest", **infonce) -> Tensor:
     """CMC of a batch of I images and B captions, as `--model tgdt` is trained (TGDT, CMC).
 
-    images, texts, image_row: as in `contrast`. infonce: its arguments; the paper has no InfoNCE, and its weight is 0
-    unless the model is a control of the unified one. Returns a scalar, a sum over the B pairs.
+    images, texts, image_row: as in `contrast`. infonce: its other arguments. The paper has no InfoNCE, so
+    its weight is 0, except in controls for the unified model. Returns a scalar, a sum over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
     local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)[image_row]   # [B, B]

@@ -170,7 +170,7 @@ def local_of_pairs(images: Embeddings, texts: Embeddings, image: Tensor, caption
     order = image.argsort(stable=True)
     image, caption = image[order].to(images.offsets.device), caption[order].to(texts.offsets.device)
     items, counts = image.unique_consecutive(return_counts=True)
-    best = []                                                                  # of each word, its most similar region
+    best = []  # for each word, the similarity of its most similar region
     for item, captions in zip(items, caption.split(counts.tolist()), strict=True):
         regions = images.tokens[images.offsets[item] : images.offsets[item + 1]].to(order.device, texts.tokens.dtype)
         for rows in texts.rows(captions).split(PIECE):
@@ -221,7 +221,7 @@ def shortlist_ranks(indices: Tensor, scores: Tensor, query_image: Tensor, corpus
     """Ranks after two stages, [Q] long, from `search`'s indices and scores [Q, K].
 
     A miss is a miss: a query whose answer is not among the first K of stage 1 keeps its rank there, `stage1` [Q]. (The
-    released evaluator gives such a query rank 1.) An answer that only shares the last place of the list is a miss too.
+    released evaluator gives such a query rank 1.) An answer that ties for the last place of the list is a miss too.
     """
     return torch.where(stage1 <= indices.shape[1], ranks(scores, query_image, corpus_image[indices]), stage1)
 
@@ -262,7 +262,7 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
     t2i = shortlist_ranks(*find(texts, images, shortlist[1], weight, reduction), image_of, rows, t2i)
     out["two_stage"], seconds["two_stage"] = metrics(i2t, t2i), perf_counter() - start
     if exhaustive:
-        start = perf_counter()  # of both: "mixed" needs "local", so its seconds count it too
+        start = perf_counter()  # for both: "mixed" needs "local", so its seconds include it
         local = local_matrix(images, texts, reduction)
         out["local"], seconds["local"] = recall(local, image_of), perf_counter() - start
         mixed = images.globals @ texts.globals.T + weight * local
@@ -271,7 +271,7 @@ def evaluate(images: Embeddings, texts: Embeddings, image_of: Tensor, shortlist:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from harness import flags  # what is above knows nothing of it
+    from harness import flags  # here, because the code above does not use it
     return flags.run_search(argv)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 class Encoded(NamedTuple):
-    """What a branch makes of B inputs, in float32 (by `unit`). USER has no fine tokens, so tokens and mask are None."""
+    """A branch's output for B inputs, in float32 (by `unit`). USER has no fine tokens, so tokens and mask are None."""
 
     globals: Tensor        # [B, D] unit length, the coarse embedding
     tokens: Tensor | None  # [B, T, D] unit length, the fine embeddings
@@ -94,7 +94,7 @@ def first_layers(bert: nn.Module, layers: int) -> nn.Module:
 class TokenGuidedEncoder(nn.Module):
     """Slots to tokens, tokens to one vector (TGDT, token-guided dual transformer).
 
-    Each branch has one of its own. Slot 0 is the image token or [CLS]; what the *global* encoder makes of it is
+    Each branch has one of its own. Slot 0 is the image token or [CLS]; the *global* encoder's output for it is
     the coarse embedding. Both encoders see the padding mask. In the released code the global encoder does not, so the
     embedding of a caption changes with the longest caption of its batch.
     """

@@ -84,14 +84,14 @@ def momentum_keys(momentum: MomentumContrast, batch: Mapping[str, Tensor], image
                   ) -> losses.Keys:
     """The keys of a batch, and the queues before it (USER, momentum contrast).
 
-    images, texts: what the momentum copy makes of the batch. Afterwards the new keys enter the queues: each image once,
+    images, texts: the batch, encoded by the momentum copy. Afterwards the new keys enter the queues: each image once,
     each caption once.
     """
     row, image_index = batch["image_row"], batch["image_index"]                                      # [B], [B]
     image_queue, text_queue = momentum.image_queue, momentum.text_queue
     keys = losses.Keys(images.globals[row], texts.globals, image_queue.keys, text_queue.keys,
                        image_queue.positives(image_index), text_queue.positives(image_index))
-    # Who each image is, [I]. (Captions of one image all write the same number.)
+    # The row of each image in the split, [I]. (Captions of one image all write the same number.)
     image_owner = image_index.new_zeros(len(images.globals)).index_put((row,), image_index)
     momentum.enqueue(images.globals, texts.globals, image_owner, image_index)  # `keys` still holds the old queues
     return keys
@@ -134,7 +134,7 @@ def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mappi
 
 
 def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:
-    """AdamW. BERT is pre-trained, and takes smaller steps than what starts from scratch: lr x text_lr.
+    """AdamW. BERT is pre-trained, so it can take smaller steps than the rest: lr x text_lr.
 
     training: the group of settings of that name. With text_lr 0 BERT is frozen, but keeps its dropout. (AdamW without
     weight decay is Adam, which TGDT's authors used.) "peak" is a group's rate after the warm-up.
@@ -202,7 +202,7 @@ def train(run, loss_of=batch_loss) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from harness import flags  # what is above knows nothing of it
+    from harness import flags  # here, because the code above does not use it
 
     given, options = flags.parse(argv)
     from harness import training  # after the flags, so that --help need not wait for it

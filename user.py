@@ -81,7 +81,7 @@ class SelfGuidedEnhancement(nn.Module):
         if self.fixed_regions and (regions.shape[1] != self.fixed_regions or not mask.all()):
             fewest, most = mask.sum(1).aminmax()
             raise ValueError(f"this SGE wants exactly {self.fixed_regions} regions per image, found {fewest} to {most} "
-                             f"in {regions.shape[1]} places")
+                             f"padded to {regions.shape[1]}")
         mean = (regions * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)                      # [B, F]
         if self.fixed_regions:
             local = self.local_norm(self.local(regions))
@@ -140,7 +140,7 @@ class GeneralizedPooling(nn.Module):
         # A batch has few different lengths, n of them. The GRU reads each once, and the rows [B] pick theirs.
         distinct, row = lengths.unique(return_inverse=True)                                     # [n], [B]
         inputs = sinusoids.to(self.score.weight.dtype).expand(len(distinct), -1, -1)            # [n, longest, width]
-        # Packed, so that the GRU's way back starts at the last real place, not in the padding.
+        # Packed, so that the backward GRU starts at the last real place, not in the padding.
         inputs = pack_padded_sequence(inputs, distinct.cpu(), batch_first=True, enforce_sorted=False)
         read, _ = pad_packed_sequence(self.gru(inputs)[0], batch_first=True, total_length=longest)
         forwards, backwards = read.chunk(2, dim=2)                                              # [n, longest, width]
@@ -160,12 +160,12 @@ class USER(nn.Module):
     """Both branches (USER, encoders). `bert` is a `BertModel` of transformers, `guide` is SGE, CGE or None.
 
     `batch` has the names and shapes of `data.Pairs`: regions [I, R, F], region_mask [I, R], for CGE also clip [I, E];
-    word_ids and word_mask [B, W]. USER has no fine tokens: it encodes the coarse vector alone.
+    word_ids and word_mask [B, W]. USER has no fine tokens: its branches give the coarse vectors only.
     """
 
     def __init__(self, bert: nn.Module, feature_dim: int = 2048, dim: int = 1024, guide: nn.Module | None = None):
         super().__init__()
-        self.guide = guide  # called, it returns the enhanced regions, not the guide vector
+        self.guide = guide  # calling it gives the enhanced regions, not the guide vector
         self.project = nn.Linear(feature_dim, dim)
         self.mlp_in = nn.Linear(feature_dim, dim // 2)
         self.mlp_norm = nn.BatchNorm1d(dim // 2)

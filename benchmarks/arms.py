@@ -163,7 +163,7 @@ def no_boxes(run: Run) -> Run:
 
 
 def boxes_as_features(run: Run) -> Run:
-    """The box geometry of TGDT stands behind the features of each region. The model is built anew for F + 5."""
+    """The box geometry of TGDT is appended to the features of each region. The model is rebuilt for F + 5."""
     for split in run.splits.values():
         found = split.features
         geometry = tgdt.box_geometry(torch.from_numpy(found.boxes)).numpy()                            # [N, R, 5]
@@ -260,7 +260,7 @@ def entropy_of_pooling(model, momentum, batch, settings, precision, negatives) -
 
 
 def fewer_regions(model, momentum, batch, settings, precision, negatives) -> Tensor:
-    """The model's own loss on images that lack a fifth of their regions, drawn anew for each batch."""
+    """The model's own loss on images that lack a fifth of their regions, drawn again for each batch."""
     mask = batch["region_mask"]
     kept = mask & (torch.rand(mask.shape, device=mask.device) >= 0.2)
     return train.batch_loss(model, momentum, dict(batch) | {"region_mask": kept}, settings, precision, negatives)
@@ -423,7 +423,7 @@ UNTAUGHT = "unified, averaged, --distill 0"  # the unified model without a teach
 EXTENDED = "unified, averaged, own branch, intra-modal term"
 
 # Each idea: the arm with it, and the arm without it. An arm is searched two-stage, or by global alone if it has no
-# tokens; another way of searching, or an epoch, stands behind a colon. First the papers' ideas:
+# tokens; another way of searching, or an epoch, comes after a colon. First the papers' ideas:
 CLAIMS = {
     "1 one model: two-stage, or coarse alone": ("tgdt", "tgdt: global"),
     "1 one model: coarse and fine, or fine alone": ("tgdt: mixed", "tgdt: local"),

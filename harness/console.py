@@ -35,10 +35,10 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def code_of(command: Callable[[], int]) -> int:
-    """The exit code of a command, after the one line that an error gets."""
+    """Run a command and return its exit code. An error is printed in one line first."""
     try:
         code = command()
-        sys.stdout.flush()  # here, where a fault of the output is still told
+        sys.stdout.flush()  # here, so that an error of the output is still reported
         return code
     except BadInput as error:  # from a process of --workers, the message stands at the end of a traceback
         message = str(error).rsplit("BadInput: ", 1)[-1]
@@ -63,7 +63,7 @@ def code_of(command: Callable[[], int]) -> int:
 
 
 def fault_of_the_machine(error: MemoryError | RuntimeError) -> str:
-    """What to say of an error that this machine is to blame for, and nothing of an error in the program."""
+    """The message for an error that this machine is to blame for; empty for an error in the program."""
     if "DataLoader worker" in str(error):
         return "a process that reads batches has ended: take fewer --workers, or more shared memory (docker --shm-size)"
     # PyTorch and cuBLAS say it by a RuntimeError, on a GPU and without one.

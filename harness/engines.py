@@ -68,7 +68,7 @@ def local_in_blocks(images: Embeddings, texts: Embeddings, image: Tensor, captio
                     reduction: str = "sum") -> Tensor:
     """The local similarity of P pairs on a GPU, image [P] and caption [P] as rows -> [P] float32.
 
-    The tokens of some thousand pairs are gathered and padded, and take one batched product. Image by image, a GPU would
+    The tokens of many pairs are gathered and padded, and take one batched product. Image by image, a GPU would
     start thousands of small products. (Not measured on a GPU.)
     """
     widest = [int(side.offsets.diff().max()) for side in (images, texts)]

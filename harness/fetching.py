@@ -1,4 +1,4 @@
-"""Where the data of a run lives, and bringing what is missing of a published dataset.
+"""Find the data of a run, and fetch what is missing of a published dataset.
 
 Nothing here imports torch, so that without a network the message comes at once.
 """
@@ -45,7 +45,7 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     dataset = settings.run.dataset
     if dataset not in fetch.SOURCES:
         if check:
-            raise BadInput(f"--fetch-only: --dataset {dataset} is not fetched from anywhere")
+            raise BadInput(f"--fetch-only: --dataset {dataset} has nothing to fetch")
         if dataset == "scenes" and settings.run.data_root:
             raise BadInput(f"--data-root {settings.run.data_root}: the built-in scenes have no files; give --dataset "
                            "folder, flickr8k, flickr30k or coco")
@@ -59,7 +59,7 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
         features = True
     wanted = are_wanted(settings, root, features)
     if wanted and features and regions in ("auto", "files") and not quiet:
-        fetch.say("--guide clip looks at the pictures, which the features do not replace")
+        fetch.say("--guide clip looks at the pictures, so they are fetched as well")
     if wanted or check and regions != "files":
         fetch.fetch(dataset, root, quiet=quiet)
 

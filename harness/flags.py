@@ -27,7 +27,7 @@ Train a model, evaluate it, and leave everything in a run folder.
   python train.py --model user          USER; tgdt-user is both papers in one
 
 Ctrl-C saves the run and stops it; --resume goes on with it. The defaults below
-are those of the --dataset, --model and --preset that stand beside --help."""
+are those of the --dataset, --model and --preset that you give with --help."""
 
 ABOUT_SEARCH = """\
 Evaluate a trained run, make an index of a corpus, search either.
@@ -126,7 +126,7 @@ def parser(shown: settings.Settings) -> Parser:
     other = out.add_argument_group("Everything else")
     other.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     other.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
-                       help="processes that read features (default: 4 for a GPU) or decode pictures (8)")
+                       help="processes that read features (default: up to 4 for a GPU) or decode pictures (up to 8)")
     other.add_argument("--pieces", type=whole(1, 16_384), metavar="N", default=1,
                        help="encode a batch in N pieces, to save memory; only with --model tgdt (default 1)")
     other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
@@ -134,7 +134,7 @@ def parser(shown: settings.Settings) -> Parser:
     other.add_argument("--fetch-only", action="store_true", help="fetch data and networks, and stop")
     other.add_argument("--quiet", action="store_true", help="no progress bar while training, no line after an epoch")
     other.add_argument("--log", choices=("tensorboard", "wandb"), help="send history.jsonl there too, if installed")
-    other.add_argument("--print-settings", action="store_true", help="print what the flags amount to, and exit")
+    other.add_argument("--print-settings", action="store_true", help="print all settings as JSON, and exit")
     other.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
     other.add_argument("--help", "-h", action="help", help="print this, and exit")
     return out
@@ -184,23 +184,23 @@ def search_parser() -> Parser:
     shared = Parser(add_help=False)
     shared.add_argument("--split", choices=("train", "val", "test"),
                         help="which split (default test, val where there is none)")
-    shared.add_argument("--data-root", type=path, metavar="DIR", help="the data, if no longer where it was trained on")
+    shared.add_argument("--data-root", type=path, metavar="DIR", help="folder of the data, if it has moved")
     shared.add_argument("--region-weights", metavar="FILE",
-                        help="the weights of the network for regions, if no longer where they were")
-    shared.add_argument("--clip-model", metavar="FOLDER", help="the CLIP, if no longer where it was")
+                        help="weights of the network for regions, if they have moved")
+    shared.add_argument("--clip-model", metavar="FOLDER", help="the CLIP, if it has moved")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     shared.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
     shared.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
-                        help="processes that decode pictures (default: one a core, 8 at most)")
+                        help="processes that decode pictures (default: one per core, at most 8)")
     one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
                               description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
     one.add_argument("run", type=place, metavar="RUN", help="a run folder that train.py wrote, or an index in Qdrant")
-    one.add_argument("--from-run", type=path, metavar="RUN", help="that index's run, if no longer where it was")
+    one.add_argument("--from-run", type=path, metavar="RUN", help="run folder of that index, if it has moved")
     one.add_argument("--dtype", choices=DTYPES, default="float32",
                      help="how tokens are stored while searching (default float32)")
     one.add_argument("--shortlist", type=lengths, metavar="K,K,...",
                      help="two-stage recall and time for these lengths of the shortlist, drawn as a picture")
-    one.add_argument("--save", type=path, metavar="PICTURE.png", help="that picture (default RUN/shortlist.png)")
+    one.add_argument("--save", type=path, metavar="PICTURE.png", help="that picture's file (default RUN/shortlist.png)")
     two = commands.add_parser("index", parents=[shared], help="encode a split once, to be searched again and again",
                               description="Write an index: all pictures and captions of a split, encoded.")
     two.add_argument("run", type=path, metavar="RUN", help="a run folder that train.py wrote")
@@ -224,7 +224,7 @@ def search_parser() -> Parser:
     three.add_argument("--top", type=whole(1, 1_000_000), default=5, metavar="N", help="how many to show (default 5)")
     three.add_argument("--json", action="store_true", help="one line of JSON per query, for programs")
     three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found")
-    three.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
+    three.add_argument("--from-run", type=path, metavar="RUN", help="run folder of the index, if it has moved")
     four = commands.add_parser("page", parents=[shared], help="search in a browser (needs Gradio)",
                                description="Serve a page that searches a split or an index, see docs/page.md.")
     four.add_argument("run", type=place, metavar="RUN_OR_INDEX", help="a run folder, or an index made of one")
@@ -233,7 +233,7 @@ def search_parser() -> Parser:
                       help="who can open the page: 127.0.0.1, the default, is this machine alone; 0.0.0.0 is everyone "
                       "who can reach it")
     four.add_argument("--port", type=whole(1, 65_535), metavar="N", help="default: the first free one from 7860 on")
-    four.add_argument("--from-run", type=path, metavar="RUN", help="the index's run, if no longer where it was")
+    four.add_argument("--from-run", type=path, metavar="RUN", help="run folder of the index, if it has moved")
     return out
 
 

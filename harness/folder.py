@@ -27,7 +27,7 @@ PARTS = ("settings.json", "checkpoint.pt", "best.pt", "tokenizer", "history.json
 # What every checkpoint of ours holds.
 CHECKPOINT = {"settings": dict, "feature_dim": int, "seen": dict, "bert": dict, "train_data": str, "model": dict,
               "epoch": int}
-# What may have computed the regions that a model was trained on (`sources/networks.py`), or they came from files.
+# Where a model's regions may come from: files, or a network of `sources/networks.py`.
 KINDS = ("files", "detector", "grid", "clip", "scenes")
 # What decides the shape of a BERT. Nothing else of a checkpoint reaches transformers.
 BERT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
@@ -73,7 +73,7 @@ def read_settings(folder: Path) -> Settings:
     return settings_.read(folder / "settings.json")
 
 
-MAY_CHANGE = ("data_root", "cache", "region_weights", "clip_model", "skip_bad")  # where files lie, how to take bad ones
+MAY_CHANGE = ("data_root", "cache", "region_weights", "clip_model", "skip_bad")  # where files are; --skip-bad
 
 
 def resumed_settings(folder: Path, given: dict) -> Settings:
@@ -117,7 +117,7 @@ def last_checkpoint(folder: Path, settings: Settings) -> dict | None:
     if (best := folder / "best.pt").exists():
         read_checkpoint(best)
     elif checkpoint["epoch"] > 0:
-        print(f"warning: {best} is missing; the next epoch takes its place", file=sys.stderr)
+        print(f"warning: {best} is missing; the next epoch writes a new one", file=sys.stderr)
     return checkpoint
 
 
@@ -140,7 +140,7 @@ def open_run(folder: Path) -> Opened:
 
 
 def text_encoder(path: Path, checkpoint: dict) -> tuple[BertModel, BertTokenizer]:
-    """A BERT of the shape that the weights of the checkpoint `path` have, still without them, and its run's tokenizer.
+    """A BERT of the shape that checkpoint `path` has, not yet with its weights, and the tokenizer of its run.
 
     Raises BadInput if the tokenizer cannot be read, or no BERT has this shape.
     """
@@ -165,14 +165,14 @@ def check_data(folder: Path, checkpoint: dict, inputs: dict) -> None:
     check_features(folder, checkpoint, inputs["feature_dim"])
     for name in ("train", "val"):
         if checkpoint.get(f"{name}_data", inputs[f"{name}_data"]) != inputs[f"{name}_data"]:
-            raise BadInput(f"{folder} began with other captions or features of split {name} than the data has now")
+            raise BadInput(f"{folder}: the captions or features of split {name} have changed since the run began")
 
 
 def fingerprint(split: data.Split) -> str:
     """A digest of a split: its captions, the image of each, and the features of some 16 to 32 of its images.
 
-    Features that a network computed from pictures differ a little between a GPU and a CPU. So there the pictures
-    count, all of them. (The network is compared elsewhere, see `pictures.prepare`.)
+    Features that a network computed from pictures differ a little between a GPU and a CPU. So for these the
+    digest covers the pictures, all of them. (The network is compared elsewhere, see `pictures.prepare`.)
     """
     hashed = hashlib.blake2b(digest_size=16)
     hashed.update("\n".join(split.captions).encode())

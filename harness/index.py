@@ -93,7 +93,7 @@ def place_of(out: Path) -> Path:
     place = Path(os.path.realpath(out))
     missing = [name for name in ("manifest.json", "names.json", "image.globals") if not (place / name).is_file()]
     if os.path.lexists(place) and missing:  # an index that is replaced is deleted, and nothing else may be
-        raise BadInput(f"{out}: there already, and no index (it has no {missing[0]}): give another --out")
+        raise BadInput(f"{out}: is there already, and is not an index (it has no {missing[0]}): give another --out")
     own = {"manifest.json", "names.json", "progress.json", *ARRAYS}
     if others := sorted({path.name for path in place.glob("*")} - own):
         raise BadInput(f"{out}: the index there would be replaced, but its folder also holds {others[0]}: move "
@@ -103,7 +103,7 @@ def place_of(out: Path) -> Path:
 
 
 def replace(growing: Path, out: Path) -> None:
-    """Put the new index in the place of the old one. A kill between the steps leaves none, and nothing to do again."""
+    """Put the new index in the place of the old one. After a kill between the steps, nothing is encoded again."""
     old = out.with_name(f".{out.name}.index-replaced")
     shutil.rmtree(old, ignore_errors=True)  # the rest of an earlier call that was killed while it cleaned up
     if out.exists():
@@ -114,7 +114,7 @@ def replace(growing: Path, out: Path) -> None:
 
 
 def read_progress(growing: Path, identity: dict) -> dict:
-    """How far the last attempt came; everything from the start if it was another index, or cannot be read."""
+    """How far the last attempt came. If it was for another index or is damaged, delete its files and start again."""
     try:
         progress = read_json(growing / "progress.json")
         if progress["identity"] == identity and all(set(progress[kind]) >= {"items", "tokens"} for kind in KINDS):
@@ -131,7 +131,7 @@ def write_side(folder: Path, kind: str, count: int, progress: dict, encode: Enco
     done, identity = progress[kind], progress["identity"]
     dim, dtype = identity["dim"], DTYPES[identity["dtype"]]
 
-    def write(part: str, content: bytes) -> None:  # behind what is safe; what an interrupted block left is cut off
+    def write(part: str, content: bytes) -> None:  # after what is safe; what an interrupted block left is cut off
         safe = {"globals": 4 * dim * done["items"], "tokens": dtype.itemsize * dim * done["tokens"],
                 "offsets": 8 * (done["items"] + 1)}
         append(folder / f"{kind}.{part}", safe[part], content)
@@ -177,14 +177,14 @@ def load(folder: Path) -> Index:
     for name in files_of(manifest):
         path = folder / name
         if not path.is_file() or path.stat().st_size <= CHECKED and checksum(path) != manifest["checksums"][name]:
-            raise BadInput(f"{path}: missing, or changed since the index was made: make the index anew")
+            raise BadInput(f"{path}: missing, or changed since the index was made: make the index again")
     return Index(manifest, images, texts, read_json(folder / "names.json"), Path(manifest["run"]))
 
 
 def read_manifest(path: Path) -> dict:
     """The manifest of an index. Raises BadInput if it is another file, or is damaged."""
     manifest = read_json(path)
-    with explained(path, "the manifest of an index: make the index anew"):
+    with explained(path, "the manifest of an index: make the index again"):
         check_values(manifest)
         if manifest["checksums"].keys() != set(files_of(manifest)):
             raise ValueError("other files are listed")
@@ -207,7 +207,7 @@ def open_side(folder: Path, kind: str, manifest: dict) -> Embeddings:
         return Embeddings(kind, globals_)
     offsets = mapped(folder / f"{kind}.offsets", torch.int64, count + 1)
     if count and (int(offsets[0]) != 0 or int(offsets.diff().min()) < 0):
-        raise BadInput(f"{folder / f'{kind}.offsets'}: not rising from 0: make the index anew")
+        raise BadInput(f"{folder / f'{kind}.offsets'}: not rising from 0: make the index again")
     tokens = mapped(folder / f"{kind}.tokens", DTYPES[manifest["dtype"]], int(offsets[-1]) * dim).view(-1, dim)
     return Embeddings(kind, globals_, tokens, None, offsets)
 
@@ -216,7 +216,7 @@ def mapped(path: Path, dtype: torch.dtype, size: int) -> torch.Tensor:
     """A raw file as a tensor whose pages come from the disk when they are used."""
     have, need = path.stat().st_size if path.is_file() else 0, size * dtype.itemsize
     if have != need:
-        raise BadInput(f"{path}: found {have} bytes, expected {need}: make the index anew")
+        raise BadInput(f"{path}: found {have} bytes, expected {need}: make the index again")
     if size == 0:
         return torch.zeros(0, dtype=dtype)
     with warnings.catch_warnings():  # PyTorch has no read-only tensors, and warns

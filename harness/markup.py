@@ -16,7 +16,7 @@ WIDTH = 256  # pixels of a picture, and of its height, at most
 
 TITLE = "Search pictures by a caption, captions by a picture"
 ABOUT = f"""<div class="page"><h1>{TITLE}</h1><p>Coarse vectors choose K candidates from the whole collection. Then
-tokens, one for each word and one for each region, sort these K again. Click on a word to see which regions it takes.
+tokens, one for each word and one for each region, sort these K again. Click on a word to see which regions it matches.
 Click on a picture to find captions for it.</p></div>"""
 NO_TOKENS = "This model has no tokens: the shortlist is not sorted again, and a word has no regions to light up."
 SHORTLIST = "Score: the dot product of the coarse vectors."
@@ -98,7 +98,7 @@ def asked(side: Side, query: Query, click: Click | None) -> str:
                      "white frame." if boxes.any() else "This dataset has no boxes, so no region can light up.")
     else:
         which = "word" if query.is_caption else "word of a caption"
-        notes.append(f"Click on a {which} to light up the regions that it takes.")
+        notes.append(f"Click on a {which} to light up the regions that it matches.")
     return f"{shown}<p>{escape(' '.join(notes))}</p>"
 
 

@@ -46,9 +46,9 @@ def text_encoder(settings: Settings) -> tuple[BertModel, BertTokenizer]:
         raise hub.cannot_load("text encoder", name, files, "--text-encoder", options["local_files_only"],
                               error) from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
-        raise BadInput(f"the text encoder {name!r} of --text-encoder is no BERT: it has no {missing[0]}, and "
+        raise BadInput(f"the text encoder {name!r} of --text-encoder is not a BERT: it has no {missing[0]}, and "
                        f"{len(missing) - 1} more are missing")
-    if any(piece.startswith("\u2581") for piece in tokenizer.get_vocab()):  # as in SentencePiece, for XLM-R's heirs
+    if any(piece.startswith("\u2581") for piece in tokenizer.get_vocab()):  # as in SentencePiece, which XLM-R uses
         raise BadInput(f"the text encoder {name!r} of --text-encoder does not read BERT's word pieces, and would not "
                        "know a single word; take one with BERT's own tokenizer")
     highest = max(tokenizer.get_vocab().values())
@@ -139,7 +139,7 @@ def resolve(device: str, precision: str) -> tuple[torch.device, str]:
     if device == "cuda" and fault:
         raise BadInput(f"--device cuda: {fault}; use --device cpu")
     if fault and torch.cuda.is_available():
-        print(f"warning: {fault}; the CPU computes", file=sys.stderr)
+        print(f"warning: {fault}; using the CPU", file=sys.stderr)
     found = torch.device("cpu" if device == "cpu" or fault else "cuda")
     if precision == "auto":  # older GPUs emulate bfloat16, and are slow with it
         fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

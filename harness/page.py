@@ -1,4 +1,4 @@
-"""The page: search in a browser, with the shortlist beside the re-ranked list. A word lights up the regions it takes.
+"""The page: search in a browser, with the shortlist beside the re-ranked list. A word lights up the regions it matches.
 
     python retrieve.py page RUN_OR_INDEX [SECOND_RUN_OR_INDEX]
 
@@ -20,9 +20,9 @@ from harness import markup, queries
 from harness.queries import Click, Query, Side
 from sources.files import BadInput
 
-OLDEST = (6, 31)  # Gradio that this was written for
+OLDEST = (6, 31)  # the oldest Gradio that will do
 LARGEST = 500     # K
-PRIVATE = {"api_visibility": "private"}  # what a click does is no service for programs
+PRIVATE = {"api_visibility": "private"}  # clicks are not an API for other programs
 SCRIPT = """element.addEventListener('click', event => {
   const word = event.target.closest('[data-word]'), picture = event.target.closest('[data-picture]')
   if (word) trigger('click', {...word.dataset})
@@ -40,7 +40,7 @@ def build(gr: ModuleType, sides: list[Side]):
         return [draw(*each, click, k, weight) for *each, weight in zip(sides, asked, weights, strict=True)]
 
     def ask(how: Callable[[Side, str], Query], what: str | None, k: int, *weights: float) -> list:
-        """Ask all sides. A mistake is told above the answers, which stay."""
+        """Ask all sides. An error is shown above the answers, which stay."""
         try:
             asked = [how(side, what or "") for side in sides]
         except BadInput as error:

@@ -128,7 +128,7 @@ def one(picture: Path | np.ndarray, settings: Settings, device: torch.device | s
 
 
 def kind(settings: Settings, splits: dict[str, data.Split], device: torch.device) -> str:
-    """What --regions auto means for these splits: "files", or if a split has no features a network, which is told.
+    """What --regions auto means for these splits: "files", or a network if a split has no features; it is printed.
 
     On a GPU it is the detector, whose regions are the papers' kind. On a CPU it is the grid, which is faster.
     """
@@ -204,7 +204,7 @@ def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], ski
     if not (skip and from_pictures):
         way = "remove them from the data, or leave them out by --skip-bad" if from_pictures else "or take --guide self"
         raise BadInput(f"{report}, the first is {messages[0]}. All are listed in {path}. Repair them, {way}. "
-                       "What was computed of the others is kept")
+                       "What was computed for the others is kept")
     print(f"{report} and are left out, listed in {path}", file=sys.stderr)
     for name, split in splits.items():
         good = np.array([row not in bad[name] for row in range(len(split.pictures))])
@@ -220,5 +220,5 @@ def check_guided(splits: dict[str, data.Split], missing: dict[str, dict[int, str
             row = min(of_split)
             raise BadInput(
                 f"--guide clip needs the pictures, but {len(of_split)} of {len(splits[name].pictures)} of split {name} "
-                f"have none, the first is image {row} ({splits[name].image_names[row]}). Put the pictures, and the "
+                f"are missing, the first is image {row} ({splits[name].image_names[row]}). Put the pictures, and the "
                 f"dataset_*.json that names them, into --data-root, or let --fetch-only do so, or use --guide self")

@@ -14,7 +14,7 @@ from retrieve import Embeddings
 from sources.files import BadInput
 
 PROBES = 200  # queries that measure the recall of --approximate
-PAUSE = 1     # seconds until it is looked again whether the graph is built
+PAUSE = 1     # seconds between two checks whether the graph is built
 MAY_CHANGE = ("run", "data", "whole", "approximate")  # where things lie, and how far a push came
 
 
@@ -22,8 +22,8 @@ def push(address: str, identity: dict, counts: dict[str, int], encode: Encode, n
          approximate: dict[str, int] | None = None) -> None:
     """Push a corpus, or go on with a push that was stopped. identity, counts, encode, names: as for `index.build`.
 
-    approximate: stage 1 goes by HNSW, and its recall for shortlists of these lengths, by kind of the corpus, is
-    printed. Raises BadInput if another model or corpus is there.
+    approximate: kind of the corpus -> length of its shortlists. Stage 1 then uses HNSW, and its recall is printed.
+    Raises BadInput if another model or corpus is there.
     """
     server = qdrant.connect(address)
     from qdrant_client import models

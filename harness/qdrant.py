@@ -54,7 +54,7 @@ class Connection:
 
 
 def connect(address: str) -> Connection:
-    """Raises BadInput if the address is wrong, a package is missing, or nothing answers within 5 seconds."""
+    """Connect. Raises BadInput if the address is wrong, a package is missing, or nothing answers within 5 seconds."""
     try:
         from qdrant_client import QdrantClient
     except ImportError:
@@ -62,15 +62,15 @@ def connect(address: str) -> Connection:
     try:
         url = urlsplit(address)
         port = url.port or 6333
-    except ValueError as error:  # the host or the port cannot be one
+    except ValueError as error:  # not a host, or not a port
         raise BadInput(f"{address.rpartition('@')[2]}: expected qdrant://HOST:PORT/NAME ({error})") from None
     if address.startswith("qdrant:") and not address.startswith("qdrant://") and url.path:
         return Connection(address, Embedded(Path(address.removeprefix("qdrant:"))))
     name, key = url.path.strip("/"), os.environ.get("QDRANT_API_KEY")
     if "@" in url.netloc or not url.hostname or not name or "/" in name:
         raise BadInput(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}: expected qdrant://HOST:PORT/NAME; "
-                       "a key belongs into QDRANT_API_KEY")
-    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname  # of version 6
+                       "put a key into QDRANT_API_KEY")
+    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname  # an IPv6 address
     first, client = (QdrantClient(host=host, port=port, https=url.scheme == "qdrants", api_key=key,
                                   timeout=seconds, check_compatibility=False) for seconds in (5, 120))
     Connection(address, first, f"{name}-").ask("collection_exists", "image", patient=False)

@@ -1,4 +1,4 @@
-"""What the page computes: queries, the shortlist and the re-ranked list, the regions that a word takes.
+"""What the page computes: queries, the shortlist and the re-ranked list, the regions that a word matches.
 
 Nothing here knows of HTML or of Gradio.
 """
@@ -56,7 +56,7 @@ class Query(NamedTuple):
 class Found(NamedTuple):
     row: int
     score: float
-    moved: int  # places that re-ranking brought it up
+    moved: int  # how many places re-ranking moved it up
 
 
 class Click(NamedTuple):
@@ -109,7 +109,7 @@ def ask_picture(side: Side, name: str) -> Query:
 
 
 def ask_upload(side: Side, path: str) -> Query:
-    """Another picture as a query. Raises BadInput if the file is no picture."""
+    """Another picture as a query. Raises BadInput if the file is not a picture."""
     try:
         split = pictures.one(Path(path), side.run.settings, side.run.device, side.run.seen)
     except BadInput as error:
@@ -125,7 +125,7 @@ def pieces_of(side: Side, text: str) -> list[str]:
 
 
 def fits(side: Side, query: Query, click: Click) -> bool:
-    """Whether this side has the word that was clicked. Another side can have other captions, or cut words otherwise."""
+    """Whether this side has the word that was clicked. The other side may have other captions, or word pieces."""
     if not side.fine or query.is_caption != (click.caption < 0) or click.caption >= len(side.run.split.captions):
         return False
     pieces = query.pieces if query.is_caption else pieces_of(side, side.run.split.captions[click.caption])

@@ -25,7 +25,7 @@ from tgdt import Encoded
 
 
 def encode(branch: Callable[[Mapping], Encoded], batch: Mapping[str, Tensor], pieces: int = 1) -> Encoded:
-    """What `branch` makes of a batch: a model's encode_images or encode_texts, of which each rank does its share.
+    """Encode a batch with `branch`, a model's encode_images or encode_texts. Each rank encodes its share.
 
     pieces: how many parts a share is encoded in, to save memory. What the network computes inside is then thrown
     away, and computed again in the backward pass, piece by piece, with the same dropout. The gradient stays exact if

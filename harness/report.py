@@ -15,6 +15,7 @@ from transformers import BertTokenizer
 import data
 import retrieve
 from harness import engines, figures
+from harness.folder import Opened
 from harness.settings import Settings
 from retrieve import Embeddings
 from sources.files import write_json
@@ -26,7 +27,7 @@ from sources.windows import overlap
 def measure(model: nn.Module, split: data.Split, words: list[np.ndarray], settings: Settings,
             device: torch.device | str, precision: str, exhaustive: bool = True,
             dtype: torch.dtype | None = None) -> tuple[dict, Embeddings, Embeddings]:
-    """Encode a split and evaluate it: the metrics, its images and its captions encoded.
+    """Encode a split and evaluate it. Returns the metrics, the encoded images and the encoded captions.
 
     exhaustive: as in `retrieve.evaluate`. dtype: the type of the tokens while searching, None for float32.
     """
@@ -155,7 +156,7 @@ def table(result: dict) -> str:
 
 
 def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool = False) -> None:
-    """A line of JSON, or a table: the score and what it is made of, a local part only if the model is `fine`."""
+    """Print a line of JSON or a table: the scores and their parts, a local part only if the model is `fine`."""
     if as_json:
         found = [item if fine else {name: item[name] for name in item if name != "local"} for item in found]
         utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
@@ -173,16 +174,20 @@ def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool 
 # ------------------------------------------------------------------------------------------- the end of a run
 
 
-def report(model: nn.Module, splits: dict[str, data.Split], words: dict[str, list], tokenizer: BertTokenizer,
-           settings: Settings, out: Path, device: torch.device, precision: str) -> None:
-    """Evaluate on test (on val if there is no test split), print the table, write metrics.json and the pictures."""
+def report(best: Opened, splits: dict[str, data.Split], words: dict[str, list], out: Path, device: torch.device,
+           precision: str) -> None:
+    """Evaluate on test (on val if there is no test split), print the table, write metrics.json and the pictures.
+
+    best: the run in the folder `out`, opened, with the weights of its best epoch.
+    """
+    settings, model = best.settings, best.model.to(device)
     name = "test" if "test" in splits else "val"
     if name == "val":
         print(f"{settings.run.dataset} has no test split here: these figures are of val, which chose the best epoch")
     result, images, texts = measure(model, splits[name], words[name], settings, device, precision)
-    write_json(out / "metrics.json", result | {"precision": precision})
+    write_json(out / "metrics.json", {"epoch": best.checkpoint["epoch"], **result, "precision": precision})
     print(table(result))
-    draw(model, splits[name], images, texts, words[name], tokenizer, settings, out)
+    draw(model, splits[name], images, texts, words[name], best.tokenizer, settings, out)
     print(f"run folder: {out}")
 
 

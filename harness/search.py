@@ -96,7 +96,7 @@ def check_content(place: Path | str, opened: index.Index, split: data.Split) -> 
     """Raises BadInput if an index was made of other captions, pictures or features than the split has now."""
     if opened.manifest.get("content") != folders.fingerprint(split):
         raise BadInput(f"{place}: its captions, pictures or features have changed since it was made: make the index "
-                       "anew")
+                       "again")
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -146,7 +146,7 @@ def run_index(args: argparse.Namespace) -> None:
     if address and args.dtype == "bfloat16":
         raise BadInput("--dtype bfloat16: Qdrant holds float32 and float16")
     if address:
-        qdrant.connect(args.out)  # what is wrong with it is told before the data is loaded
+        qdrant.connect(args.out)  # if it fails, say so before the data is loaded
     place = args.out if address else index.place_of(args.out)  # before the data is loaded
     if args.images:
         if args.split:
@@ -261,8 +261,8 @@ def open_index(args: argparse.Namespace) -> index.Index:
     opened.folder = args.from_run or opened.folder
     found = index.checkpoint_of(opened.folder)
     if found != opened.manifest["checkpoint"]:
-        raise BadInput(f"{args.run} was made with another checkpoint than {folders.best_checkpoint(opened.folder)} "
-                       f"{'is now' if found else '(which is not there)'}: make the index anew, or give --from-run")
+        raise BadInput(f"{args.run} was made with another checkpoint; {folders.best_checkpoint(opened.folder)} "
+                       f"{'differs' if found else 'is missing'}: make the index again, or give --from-run")
     if args.split not in (None, opened.manifest["split"]):
         raise BadInput(f"{args.run} is an index of split {opened.manifest['split']}, not {args.split}")
     return opened

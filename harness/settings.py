@@ -21,7 +21,7 @@ class Run:
     """The run"""
 
     dataset: Annotated[Literal["scenes", "flickr8k", "flickr30k", "coco", "folder"], "what to train on"] = "scenes"
-    data_root: Annotated[str | None, "folder of the data (none given: data/<dataset>; scenes need none)"] = None
+    data_root: Annotated[str | None, "folder of the data (default: data/<dataset>; scenes need none)"] = None
     model: Annotated[Literal["tgdt", "user", "tgdt-user"], "which model; tgdt-user is both papers in one"] = "tgdt"
     preset: Annotated[Literal["small", "paper"], "small is for a laptop, paper has the released values"] = "small"
     seed: Annotated[int, "seed of weights, dropout, batch order and caption noise", (0, 2**32 - 1)] = 0
@@ -35,14 +35,14 @@ class Pictures:
     regions: Annotated[Literal["auto", "files", "detector", "grid", "clip"], "where regions come from: feature files, "
                        "a detector, a classifier's grid, CLIP's patches; auto: files if any, else the "
                        "detector on a GPU, the grid without one"] = "auto"
-    region_network: Annotated[str, "torchvision's network for them (none given: fasterrcnn_resnet50_fpn_v2 for the "
+    region_network: Annotated[str, "torchvision's network for them (default: fasterrcnn_resnet50_fpn_v2 for the "
                               "detector, resnet50 for the grid; clip uses --clip-model)"] = ""
-    region_weights: Annotated[str, "its weights: a file, or a name such as COCO_V1 (none given: the best known)"] = ""
-    boxes: Annotated[int, "regions a picture, of a detector or a grid", (1, 500)] = 36
-    picture_side: Annotated[int, "side of the network's input in pixels; 0: 800 detector, 384 grid", (0, 1600)] = 0
+    region_weights: Annotated[str, "its weights: a file, or a name such as COCO_V1 (default: the best published)"] = ""
+    boxes: Annotated[int, "regions per picture, from a detector or a grid", (1, 500)] = 36
+    picture_side: Annotated[int, "side of the network's input in pixels; 0: 800 (detector), 384 (grid)", (0, 1600)] = 0
     feature_dtype: Annotated[Literal["float32", "float16"], "how computed features are stored"] = "float16"
-    skip_bad: Annotated[bool, "leave out pictures that cannot be read, and say how many they are"] = False
-    cache: Annotated[str | None, "folder of what was computed from pictures (none given: DATA_ROOT/cache)"] = None
+    skip_bad: Annotated[bool, "leave out pictures that cannot be read, and print how many"] = False
+    cache: Annotated[str | None, "folder for what is computed from pictures (default: DATA_ROOT/cache)"] = None
     split_seed: Annotated[int, "seed of the splits of --dataset folder, if its table names none", (0, 2**32 - 1)] = 0
 
 
@@ -68,7 +68,7 @@ class Architecture:
     heads: Annotated[int, "attention heads of each encoder", (1, 64)] = 4
     feedforward: Annotated[int, "feed-forward width of each encoder", (1, 32768)] = 2048
     dropout: Annotated[float, "dropout in each encoder", (0, 0.99)] = 0.1
-    fine_gradient: Annotated[float, "share of the fine level's gradient for the tokens (tgdt-user)", (0, 1)] = 0.0
+    fine_gradient: Annotated[float, "share of the fine level's gradient that the tokens get (tgdt-user)", (0, 1)] = 0.0
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Enhancement:
     clip_model: Annotated[str, "CLIP of --guide clip: a hub name or a folder"] = "openai/clip-vit-base-patch32"
     guide_dropout: Annotated[float, "dropout in SGE", (0, 0.99)] = 0.4
     sharpness: Annotated[float, "lambda of the guide's attention over the regions", (0, 1000)] = 1.0
-    fixed_regions: Annotated[int, "regions a picture, with SGE statistics for each (released); 0 is off", (0, 500)] = 0
+    fixed_regions: Annotated[int, "SGE has statistics for each of N regions, as released; 0 is off", (0, 500)] = 0
 
 
 @dataclass
@@ -98,7 +98,7 @@ class UTO:
 
     mu: Annotated[float, "sharpness of the soft maximum over the negatives", (0.01, 10_000)] = 90.0
     gamma: Annotated[float, "similarity above which a negative counts", (-1, 1)] = 0.5
-    batch_weight: Annotated[float, "weight of UTO on the batch beside UTO on the queues", (0, 1000)] = 20.0
+    batch_weight: Annotated[float, "weight of UTO on the batch; UTO on each queue has weight 1", (0, 1000)] = 20.0
     reward_floor: Annotated[bool, "no gradient for true pairs whose similarity is below zero, as released"] = True
 
 
@@ -108,7 +108,7 @@ class InfoNCE:
 
     infonce_weight: Annotated[float, "weight of InfoNCE on every level that the model has", (0, 1000)] = 0.0
     temperature: Annotated[float, "temperature of its softmax", (0.001, 100)] = 0.05
-    distill: Annotated[float, "share of its answers that the momentum copy gives, not the truth", (0, 1)] = 0.0
+    distill: Annotated[float, "share of its target that comes from the momentum copy, not the truth", (0, 1)] = 0.0
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Training:
     epochs: Annotated[int, "passes over the training captions", (1, 10_000)] = 60
     batch_size: Annotated[int, "captions in a batch, at most", (2, 16_384)] = 30
     captions_per_image: Annotated[int, "captions of an image that share a batch", (1, 1000)] = 1
-    easy_epochs: Annotated[int, "first epochs, in which CMC takes the mean negative, not the hardest", (0, 10_000)] = 0
+    easy_epochs: Annotated[int, "number of first epochs in which CMC averages over all negatives", (0, 10_000)] = 0
     lr: Annotated[float, "peak learning rate", (1e-9, 10)] = 1e-5
     text_lr: Annotated[float, "learning rate of BERT, as a multiple of --lr; 0 freezes its weights", (0, 100)] = 1.0
     weight_decay: Annotated[float, "weight decay of AdamW; 0 makes it Adam", (0, 1)] = 0.0

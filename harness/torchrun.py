@@ -62,7 +62,7 @@ def started(device: str) -> Iterator[None]:
 
 
 def says_it_first(store: distributed.Store) -> bool:
-    """Whether no other rank has ended with an error. If the store is gone with its process, nobody has said it."""
+    """Whether this rank is the first to end with an error. If the store is gone with its process, say yes."""
     try:
         return store.add("ended", 1) == 1
     except RuntimeError:

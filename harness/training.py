@@ -192,7 +192,7 @@ class Run:
 
 def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0,
            quiet: bool = False, pieces: int = 1) -> Run:
-    """Load the data, the text encoder and the features, and build the model. Rank 0 writes settings.json first.
+    """Load data, text encoder and features, and build the model. Rank 0 writes settings.json before the features.
 
     Raises BadInput if data, a text encoder, a CLIP, a checkpoint or a folder cannot be used.
     """
@@ -281,8 +281,7 @@ def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> in
             print(f"stopped at epoch {run.epoch + 1}, step {run.step}; go on with --resume --out {out}")
             return 130
         if first:
-            model = folder.open_run(out).model.to(run.device)
-            report.report(model, run.splits, run.words, run.tokenizer, settings, out, run.device, run.precision)
+            report.report(folder.open_run(out), run.splits, run.words, out, run.device, run.precision)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Drawing: the objects of the built-in scenes, twin scenes, and the pictures of them.
 
-A scene has three to six flat shapes. Most scenes have a twin, whose story differs in one detail only. `paint` pastes
+A scene has three to six flat shapes. Most scenes have a twin, which differs in one detail only. `paint` pastes
 the shapes with smooth edges on a clouded ground, under uneven light.
 
 All machines draw the same bytes. Every choice comes from `RandomState`, whose stream NumPy has frozen, as doubles or
@@ -75,7 +75,7 @@ def fit_together(objects: Sequence[Object]) -> bool:
             return False
     for a, b in combinations(objects, 2):
         right, down = a.x - b.x, a.y - b.y
-        # 20 pixels apart in x or in y: then sentences of five forms are true of any scene
+        # 20 pixels apart in x or in y, so that any scene has true captions of five forms
         apart = max(abs(right), abs(down)) >= 20 and 5 * (right**2 + down**2) >= (a.across + b.across) ** 2
         if a[:3] == b[:3] or not apart:
             return False

@@ -1,4 +1,4 @@
-"""One pass over pictures: what frozen networks say of them is computed once and kept in stores.
+"""One pass over pictures: their features from frozen networks are computed once and kept in stores.
 
 A picture is decoded once for all networks that lack it, in other processes if there are many. Each batch is on the disk
 before the next one begins, so a pass that was stopped goes on where it was. A picture that cannot be used does not stop
@@ -25,12 +25,12 @@ from sources import photos
 from sources.files import BadInput
 from sources.store import Facts, Store, digest, facts
 
-FEW = 64  # up to so many pictures, starting other processes costs more than it saves
+FEW = 64  # up to this many pictures, starting other processes costs more than it saves
 FIRST = 4  # batches, on which the time of a pass is measured
 
 
 class Cache:
-    """One network and the store of what it says. The network is loaded only if a picture is missing from the store.
+    """One network and the store of its features. The network is loaded only if a picture is missing from the store.
 
     make() loads the network. folder: where the stores of all networks lie. identity: the network's, if it is known; if
     not, the network is loaded at once to learn it. dtype: how features are stored, "float32" or "float16".
@@ -147,7 +147,7 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
                         collate_fn=tuple,  # changes nothing; without it arrays would become tensors
                         generator=torch.Generator())  # so that it takes no random numbers from the program's generator
     names = " and ".join(cache.identity["network"] for cache in used.values())
-    bar = tqdm(total=len(todo), desc=f"{names} at the pictures", unit="picture", dynamic_ncols=True)
+    bar = tqdm(total=len(todo), desc=f"features by {names}", unit="picture", dynamic_ncols=True)
     errors = {}
     try:
         with bar:

@@ -48,7 +48,7 @@ class InMemory:
 class OneArray:
     """SCAN's {split}_ims.npy, [rows, R, F] in float32 or float16. It has no boxes, so they are zeros.
 
-    repeat: how many rows in a row each image has. Raises BadInput when it is opened if the file is another array or is
+    repeat: how many equal rows each image has. Raises BadInput when it is opened if the file is another array or is
     cut short, and when it is read if a row holds numbers that no feature has.
     """
 

@@ -187,7 +187,7 @@ def named(entries: list[Entry], start: str) -> list[tuple[str, str]]:
 
 
 def missing(root: Path, entries: list[Entry], start: str) -> dict[str, Path]:
-    """Those of these pictures that are not there, or empty: the name of the file -> where it belongs."""
+    """The pictures of `named` that are missing or empty: the name of the file -> where it belongs."""
     files = named(entries, start)
     return {name: path or root / (folder or "images") / name
             for (folder, name), path in zip(files, photos.find(root, files), strict=True)

@@ -71,9 +71,9 @@ def replace(source: Path, target: Path) -> None:
 
 
 def append(path: Path, end: int, content: bytes) -> None:
-    """Write `content` behind the first `end` bytes of a file, and wait until it is on the disk.
+    """Write `content` after the first `end` bytes of a file, and wait until it is on the disk.
 
-    What stood behind these bytes is cut off: it is the rest of a write that was interrupted. Raises BadInput if the
+    What came after these bytes is cut off: it is the rest of a write that was interrupted. Raises BadInput if the
     file cannot be written, for instance because the disk is full.
     """
     try:
@@ -143,7 +143,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds. Raises BadInput if it is missing, no JSON, or a pipe or device, which may never end."""
+    """What a JSON file holds. Raises BadInput if it is missing, not JSON, or a pipe or device, which may never end."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     try:

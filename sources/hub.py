@@ -46,7 +46,7 @@ def within_reach(address: str = "") -> bool:
             at = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else to
             port = at.port or (80 if at.scheme == "http" else 443)
             found = {place[:2] for *_, place in socket.getaddrinfo(at.hostname, port, type=socket.SOCK_STREAM)}
-        except (OSError, ValueError):  # an address that is none
+        except (OSError, ValueError):  # not an address
             return
         doors = [Thread(target=knock, args=(place,), daemon=True) for place in found]  # one may be of a dead network
         for door in doors:
@@ -91,6 +91,6 @@ def cannot_load(what: str, name: str, files: str, flag: str, offline: bool, erro
         return BadInput(f"{failed}: no such folder, expected one with {files}")
     size = f" (about {SIZES[name]})" if name in SIZES else ""
     why = f"{endpoint()} cannot be reached" if offline else f"{endpoint()} does not give it ({reason})"
-    return BadInput(f"{failed}: it is no folder here, and {why}. Fetch {files}{size} from "
+    return BadInput(f"{failed}: it is not a folder here, and {why}. Fetch {files}{size} from "
                     f"{endpoint()}/{name}/tree/main on another machine, put them into one folder, and give that folder "
                     f"to {flag}")

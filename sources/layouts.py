@@ -153,7 +153,7 @@ def rows_an_image(features: OneArray) -> int:
     """How often each image's row is repeated in a file with one row for each caption; 1 if rows do not repeat.
 
     The file may be large, so only its start, its end and six places between are compared. Two images that are equal
-    are one run of rows, so the size is what the first two runs have in common.
+    are one run of rows, so the size is the greatest common divisor of the first two runs.
     """
     total, row = features.shape[0], cache(lambda index: features.read([index])[0].tobytes())
 

@@ -24,7 +24,7 @@ def fetch_scan_features(dataset: str, root: Path, quiet: bool = False) -> None:
     if there are no such features, if kagglehub is not installed, if the disk is too small, or if the transfer fails.
     """
     if dataset not in IMAGES:
-        raise BadInput(f"--regions files: SCAN's features are of {' and '.join(IMAGES)}, not of {dataset}; "
+        raise BadInput(f"--regions files: SCAN has features for {' and '.join(IMAGES)}, not for {dataset}; "
                        "--regions auto computes some from the pictures")
     folder, work = Path(root) / PRECOMP[dataset], Path(root) / f"fetching-features-{dataset}"
     wanted = {f"{split}_{kind}": images * AN_IMAGE if kind == "ims.npy" else 0
@@ -33,8 +33,8 @@ def fetch_scan_features(dataset: str, root: Path, quiet: bool = False) -> None:
     if not wanted:
         return
     need, there = sum(wanted.values()), free_bytes(Path(root))
-    about = (f"SCAN's region features from kaggle.com/datasets/{HANDLE}, {human(need)}: the 36 regions an image of the "
-             "papers' tables, without boxes")
+    about = (f"SCAN's region features from kaggle.com/datasets/{HANDLE}, {human(need)}: 36 regions per image, as in "
+             "the papers' tables, without boxes")
     try:
         import kagglehub
     except ImportError:

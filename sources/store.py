@@ -1,4 +1,4 @@
-"""A store: what a frozen network says of pictures, computed once and kept in a folder.
+"""A store: the features that a frozen network gives pictures, computed once and kept in a folder.
 
 The folder DATA_ROOT/cache/KIND-KEY belongs to one network: its name, its weights and how pictures are prepared for it
 decide the KEY, and are written to identity.json. It holds raw arrays, with one row for each picture in the order in

@@ -30,7 +30,7 @@ class Classifier(NamedTuple):
 def load_classifier(name: str, weights: str) -> Classifier:
     """A classification network of torchvision, or EfficientNet-Lite0, whose weights come by pip.
 
-    weights: a file, the name of published weights, or "" for the best of these. Raises BadInput if they are not to be
+    weights: a file, the name of published weights, or "" for the best of these. Raises BadInput if they cannot be
     had or do not fit.
     """
     if name == "efficientnet-lite0" and not weights:
@@ -74,9 +74,9 @@ def efficientnet_lite0() -> Classifier:
 
 
 def load_detector(name: str, weights: str) -> nn.Module:
-    """A two-stage detector of torchvision. Raises BadInput if its weights are not to be had or do not fit.
+    """A two-stage detector of torchvision. Raises BadInput if its weights cannot be had or do not fit.
 
-    The first detectors that torchvision published have no epsilon in their BatchNorms, and torchvision takes it out.
+    The first detectors that torchvision published have no epsilon in their BatchNorms, and torchvision sets it to 0.
     So do we, if the file has its published name: weights of your own, and a renamed file, keep the usual epsilon.
     """
     file = find(name, weights, torchvision.models.detection,
@@ -127,7 +127,7 @@ def find(name: str, weights: str, models: ModuleType, expected: str) -> Path:
 
 
 def state_dict(name: str, file: Path) -> dict[str, Tensor]:
-    """The weights in a file, of which no code is run. Raises BadInput if it is not a dictionary of tensors."""
+    """The weights in a file; no code in it is run. Raises BadInput if it is not a dictionary of tensors."""
     state = read_weights(file, f"a state dict of {name}")
     if not isinstance(state, dict) or not state or not all(
             isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):

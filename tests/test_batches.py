@@ -27,7 +27,7 @@ def test_tokenize(tokenizer):
     words = data.tokenize(["a red ball", "dogs", "A blue house two dogs"], tokenizer, longest=6)
     assert [ids.tolist() for ids in words] == [[2, 4, 5, 6, 3], [2, 8, 3], [2, 4, 10, 11, 7, 3]]  # cut before [SEP]
     assert all(ids.dtype == np.int32 for ids in words)
-    with pytest.raises(BadInput, match="caption 1.*no word"):
+    with pytest.raises(BadInput, match="caption 2 of 2.*no word"):
         data.tokenize(["dogs", "\u200b"], tokenizer, longest=6)
 
 

@@ -30,11 +30,11 @@ def test_without_a_network_the_command_says_what_to_do(tmp_path, monkeypatch, ca
     assert message.startswith("error: ") and str(tmp_path / "data" / "flickr30k") in message
     assert "flickr30k-images.zip" in message and "4.4 GB" in message and "--dataset scenes" in message
     assert train.main(["--dataset", "scenes", "--fetch-only"]) == 2
-    assert "is not fetched from anywhere" in capsys.readouterr().err
+    assert "has nothing to fetch" in capsys.readouterr().err
     assert train.main(["--data-root", "photos"]) == 2
     assert "the built-in scenes have no files; give --dataset folder" in capsys.readouterr().err
     assert train.main(["--dataset", "flickr8k", "--regions", "files", "--fetch-only"]) == 2
-    assert "not of flickr8k" in capsys.readouterr().err
+    assert "not for flickr8k" in capsys.readouterr().err
 
 
 def test_the_message_comes_before_anything_slow_is_imported(tmp_path):

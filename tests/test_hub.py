@@ -133,7 +133,7 @@ def test_what_a_folder_lacks_is_reported(bert, tmp_path):
     weights = load_file(copied / "model.safetensors")
     weights.pop("encoder.layer.0.output.dense.bias")
     save_file(weights, copied / "model.safetensors", {"format": "pt"})
-    assert "no BERT: it has no encoder.layer.0.output.dense.bias" in load(copied)
+    assert "not a BERT: it has no encoder.layer.0.output.dense.bias" in load(copied)
     (copied / "model.safetensors").unlink()
     assert "expected a folder with config.json" in load(copied)
 

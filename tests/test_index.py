@@ -152,7 +152,7 @@ def test_damage_is_named(sides, tmp_path):
         index.load(out)
     folder = tmp_path / "other"
     folder.mkdir()
-    with pytest.raises(BadInput, match="other.*no index"):
+    with pytest.raises(BadInput, match="other.*is not an index"):
         build(folder, sides)
 
 
@@ -267,7 +267,7 @@ def test_a_manifest_of_another_shape_is_reported(sides, tmp_path, change):
     build(tmp_path / "index", sides)
     path = tmp_path / "index" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(BadInput, match="manifest.json.*make the index anew"):
+    with pytest.raises(BadInput, match="manifest.json.*make the index again"):
         index.load(tmp_path / "index")
 
 
@@ -277,7 +277,7 @@ def test_a_folder_of_something_else_is_left_alone(sides, tmp_path):
     page.mkdir()
     (page / "manifest.json").write_text("{}")
     (page / "index.html").write_text("mine")
-    with pytest.raises(BadInput, match="app: there already, and no index .it has no names.json"):
+    with pytest.raises(BadInput, match="app: is there already, and is not an index .it has no names.json"):
         build(page, sides)
     assert (page / "index.html").read_text() == "mine"
     build(tmp_path / "index", sides)

@@ -125,7 +125,7 @@ def test_an_index_is_opened_and_a_changed_one_is_refused(side, tmp_path, monkeyp
             for each in (side, opened)]
     assert [each.row for each in both[0]] == [each.row for each in both[1]]
     monkeypatch.setattr(scenes, "SPLITS", {"train": 16, "val": 12, "test": 13})
-    with pytest.raises(BadInput, match="make the index anew"):
+    with pytest.raises(BadInput, match="make the index again"):
         queries.open_side(out, OPTIONS)
     with pytest.raises(BadInput, match="on disk"):
         queries.open_side("qdrant://127.0.0.1:1/name", OPTIONS)
@@ -142,7 +142,7 @@ def test_an_index_of_pictures_takes_captions(side, tmp_path):
     html = markup.draw(opened, query, queries.Click(-1, 1, "red"), 100, 10.0)
     assert html.count("<img") == 8 and "white frame" in html and "captions" not in markup.heading(opened)
     (tmp_path / "mine" / "3.png").unlink()
-    with pytest.raises(BadInput, match="make the index anew"):
+    with pytest.raises(BadInput, match="make the index again"):
         queries.open_side(out, OPTIONS)
 
 

@@ -286,7 +286,7 @@ def test_a_run_without_its_best_weights_is_not_searched_with_others(run, capsys)
     refused(retrieve.main, ["evaluate", str(run)], capsys, "best.pt: no such file, expected a checkpoint")
     (run / "best.pt").rmdir()
     assert train.main(resume(run, "--epochs", "2")) == 0 and (run / "best.pt").is_file()
-    assert "best.pt is missing; the next epoch takes its place" in capsys.readouterr().err
+    assert "best.pt is missing; the next epoch writes a new one" in capsys.readouterr().err
     (run / "best.pt").write_bytes(b"half")
     refused(train.main, resume(run, "--epochs", "3"), capsys, "best.pt: expected a checkpoint of this program")
 
@@ -349,7 +349,7 @@ def test_features_that_have_changed_are_noticed_and_moved_ones_are_welcome(run, 
     features = np.load(changed / "train_ims.npy")
     features[0] += 1
     np.save(changed / "train_ims.npy", features)
-    refused(train.main, resume(run, "--data-root", f"{changed}/"), capsys, "other captions or features")
+    refused(train.main, resume(run, "--data-root", f"{changed}/"), capsys, "captions or features of split train have changed")
     assert str(moved) in kept and (run / "settings.json").read_text() == kept
 
 
