@@ -349,7 +349,7 @@ def test_features_that_have_changed_are_noticed_and_moved_ones_are_welcome(run, 
     features = np.load(changed / "train_ims.npy")
     features[0] += 1
     np.save(changed / "train_ims.npy", features)
-    refused(train.main, resume(run, "--data-root", f"{changed}/"), capsys, "captions or features of split train have changed")
+    refused(train.main, resume(run, "--data-root", f"{changed}/"), capsys, "features of split train have changed")
     assert str(moved) in kept and (run / "settings.json").read_text() == kept
 
 
