@@ -120,12 +120,12 @@ def info_nce(similarity: Tensor, temperature: float = 0.05, positives: Tensor | 
              teacher: Tensor | None = None, distill: float = 0.0) -> Tensor:
     """InfoNCE (CPC; half of it is CLIP's loss): both directions summed, each a mean over the pairs.
 
-    Each row and each column is a question with B answers; the one on the diagonal is right: the cross-entropy of
-    softmax(s / temperature). similarity: [B, B], images by captions. positives: [B, B] bool, all
-    true pairs; those off the diagonal are left out, and are neither right nor wrong answers. (An image with two
-    captions in the batch counts twice as a wrong answer to other captions.) teacher: [B, B], the same similarities by
-    a better model. Its softmax gives the share `distill` of the target, the diagonal the rest (momentum distillation,
-    ALBEF). Returns a scalar. Raises ValueError if the matrix is not square.
+    Each row and each column is a question with B answers, and the one on the diagonal is right: the cross-entropy of
+    softmax(s / temperature). similarity: [B, B], images by captions. positives: [B, B] bool, all true pairs; those off
+    the diagonal are left out, and are neither right nor wrong answers. (An image with two captions in the batch counts
+    twice as a wrong answer to other captions.) teacher: [B, B], the same similarities by a better model. Its softmax
+    gives the share `distill` of the target, the diagonal the rest (momentum distillation, ALBEF). Returns a scalar.
+    Raises ValueError if the matrix is not square.
     """
     diagonal = with_diagonal(similarity, None)
     left_out = with_diagonal(similarity, positives) & ~diagonal
@@ -247,8 +247,8 @@ def tgdt_loss(images, texts, image_row: Tensor, margin: float = 0.2, intra_margi
               local_weight: float = 10.0, reduction: str = "sum", negatives: str = "hardest", **infonce) -> Tensor:
     """CMC of a batch of I images and B captions, as `--model tgdt` is trained (TGDT, CMC).
 
-    images, texts, image_row: as in `contrast`. infonce: its other arguments. The paper has no InfoNCE, so
-    its weight is 0, except in controls for the unified model. Returns a scalar, a sum over the B pairs.
+    images, texts, image_row: as in `contrast`. infonce: its other arguments. The paper has no InfoNCE, so its
+    weight is 0, except in controls for the unified model. Returns a scalar, a sum over the B pairs.
     """
     positives = image_row[:, None] == image_row                                                   # [B, B]
     local = local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, reduction)[image_row]   # [B, B]

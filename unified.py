@@ -12,7 +12,8 @@ gradient would make the coarse vectors worse.
 
 The loss is USER's, plus InfoNCE on the coarse vectors, on the plain tokens and on the fine tokens. On photographs half
 of each InfoNCE target comes from the momentum copy, which is soon better than the model itself (momentum
-distillation). docs/unified.md has the measurements behind these choices, docs/results.md compares with both papers.
+distillation). docs/unified.md has the measurements behind these choices, docs/results.md the comparison with both
+papers' models.
 """
 from __future__ import annotations
 

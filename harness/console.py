@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 from sources.files import WINDOWS, BadInput
 
 # The reader of our output, or the terminal, is gone.
 CLOSED = (errno.EPIPE, errno.EIO, *((errno.EINVAL,) if WINDOWS else ()))
+LINE_BREAK = "\\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\\s*"  # an error takes one line
 MEMORY = "out of memory|(can't|cannot) allocate memory|alloc_failed"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -23,6 +25,7 @@ def run_command(command: Callable[[], int]) -> int:
     """
     if at_once := signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `start.first_look`
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more --workers than cores: as was asked for
     sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # None by >&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
@@ -54,7 +57,7 @@ def code_of(command: Callable[[], int]) -> int:
         if not message:
             raise
     try:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {re.sub(LINE_BREAK, ' ', message.strip())}", file=sys.stderr)
         sys.stdout.flush()
     except OSError as error:
         code = leave_quietly()  # what is still to be written has nowhere to go
@@ -65,7 +68,7 @@ def code_of(command: Callable[[], int]) -> int:
 def fault_of_the_machine(error: MemoryError | RuntimeError) -> str:
     """The message for an error that this machine is to blame for; empty for an error in the program."""
     if "DataLoader worker" in str(error):
-        return "a process that reads batches has ended: take fewer --workers, or more shared memory (docker --shm-size)"
+        return "a process that reads batches has ended, perhaps because memory ran out: take fewer --workers"
     # PyTorch and cuBLAS say it by a RuntimeError, on a GPU and without one.
     if isinstance(error, MemoryError) or re.search(MEMORY, str(error), re.IGNORECASE):
         return ("the memory of this machine or of its GPU is not enough; training needs less with a smaller "
@@ -89,6 +92,12 @@ def ignore_interrupts(worker: int) -> None:
     because the loop stops after the current step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def as_arrays(batch: dict) -> dict:
+    """What such a process sends. PyTorch would send tensors through shared memory; with too little of it, as in many
+    containers, the loop would wait for ever."""
+    return {name: value.numpy() for name, value in batch.items()}
 
 
 class Interrupt:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -32,8 +33,12 @@ def check_place(path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure to a file and close it. The ending of the name says the format."""
-    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110, bbox_inches="tight"))
+    with warnings.catch_warnings(record=True) as heard:  # such as of letters that the font lacks, one by one
+        write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110, bbox_inches="tight"))
     plt.close(figure)
+    if said := sorted({str(each.message) for each in heard}):
+        more = f" (and {len(said) - 1} more like this)" if len(said) > 1 else ""
+        print(f"warning: {path}: {said[0]}{more}", file=sys.stderr)
 
 
 def curves(history: list[dict], path: Path) -> None:
@@ -197,7 +202,8 @@ def guided(split: data.Split, row: int, attention: np.ndarray, boxes: np.ndarray
 
 
 def found_images(split: data.Split, caption: str, rows: list[int], path: Path) -> None:
-    """The images that a caption found. rows: of the images, best first."""
+    """The images that a caption found, at most 20 of them. rows: of the images, best first."""
+    rows = rows[:20]  # Matplotlib has a widest figure
     figure, axes = plt.subplots(1, len(rows), figsize=(2.4 * len(rows), 3), squeeze=False)
     for place, (axis, row) in enumerate(zip(axes[0], rows, strict=True), 1):
         show_picture(axis, split, row)

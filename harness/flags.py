@@ -188,6 +188,7 @@ def search_parser() -> Parser:
     shared.add_argument("--region-weights", metavar="FILE",
                         help="weights of the network for regions, if they have moved")
     shared.add_argument("--clip-model", metavar="FOLDER", help="the CLIP, if it has moved")
+    shared.add_argument("--cache", type=path, metavar="DIR", help="folder of computed features, if it has moved")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     shared.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
     shared.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
@@ -223,7 +224,7 @@ def search_parser() -> Parser:
                        "was trained on pictures or on scenes, any file")
     three.add_argument("--top", type=whole(1, 1_000_000), default=5, metavar="N", help="how many to show (default 5)")
     three.add_argument("--json", action="store_true", help="one line of JSON per query, for programs")
-    three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found")
+    three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found, at most 20 pictures")
     three.add_argument("--from-run", type=path, metavar="RUN", help="run folder of the index, if it has moved")
     four = commands.add_parser("page", parents=[shared], help="search in a browser (needs Gradio)",
                                description="Serve a page that searches a split or an index, see docs/page.md.")

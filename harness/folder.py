@@ -142,7 +142,7 @@ def open_run(folder: Path) -> Opened:
 def text_encoder(path: Path, checkpoint: dict) -> tuple[BertModel, BertTokenizer]:
     """A BERT of the shape that checkpoint `path` has, not yet with its weights, and the tokenizer of its run.
 
-    Raises BadInput if the tokenizer cannot be read, or no BERT has this shape.
+    Raises BadInput if the tokenizer cannot be read or belongs to another BERT, or if no BERT has this shape.
     """
     try:
         tokenizer = models.read_tokenizer(path.parent / "tokenizer", trust_remote_code=False, local_files_only=True)
@@ -150,7 +150,17 @@ def text_encoder(path: Path, checkpoint: dict) -> tuple[BertModel, BertTokenizer
         raise BadInput(f"{path.parent / 'tokenizer'}: the tokenizer cannot be read") from error
     with explained(path, "a checkpoint with the shape of a BERT"):
         config = BertConfig(**{name: checkpoint["bert"][name] for name in BERT})
-        return BertModel(config, add_pooling_layer=False), tokenizer
+        bert = BertModel(config, add_pooling_layer=False)
+    if (highest := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        raise BadInput(f"{path.parent / 'tokenizer'}: has word pieces with numbers up to {highest}, but the BERT of "
+                       f"{path.name} knows {config.vocab_size}: it belongs to another run")
+    return bert, tokenizer
+
+
+def content(split: data.Split) -> str:
+    """A digest of all that an index keeps of a split: see `fingerprint`, and the names of its images."""
+    whole = "\n".join([fingerprint(split), *split.image_names])
+    return hashlib.blake2b(whole.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def check_features(folder: Path, checkpoint: dict, feature_dim: int) -> None:

@@ -175,11 +175,14 @@ def regions_network(settings: Settings, device: torch.device | str):
 
 
 def cache_folder(settings: Settings, folder: Path) -> Path:
-    """Where the stores lie: --cache, else `cache` in the data's folder if it can be written, else in `folder`."""
+    """Where the stores lie: --cache, else `cache` in the data's folder if it is there or can be made, else in `folder`.
+    """
     if settings.pictures.cache:
         return Path(settings.pictures.cache)
     root = settings.run.data_root
     if root and Path(root).is_dir():
+        if (Path(root) / "cache").is_dir():
+            return Path(root) / "cache"
         with suppress(BadInput):
             check_folder(Path(root))
             return Path(root) / "cache"
@@ -199,7 +202,8 @@ def leave_out(splits: dict[str, data.Split], bad: dict[str, dict[int, str]], ski
         return
     path, total = cache / "bad_pictures.txt", sum(len(split.pictures) for split in splits.values())
     cache.mkdir(parents=True, exist_ok=True)
-    path.write_bytes("".join(f"{message}\n" for message in messages).encode())  # several GPUs may all write it at once
+    content = "".join(f"{message}\n" for message in messages)
+    path.write_bytes(content.encode(errors="surrogateescape"))  # several GPUs may all write it at once
     report = f"{len(messages)} of {total} pictures cannot be used"
     if not (skip and from_pictures):
         way = "remove them from the data, or leave them out by --skip-bad" if from_pictures else "or take --guide self"

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -167,7 +168,8 @@ def show(query: str, found: list[dict], as_json: bool, fine: bool, titled: bool 
     print(f"  #{'score':>9}{'global':>9}{'local':>9}" if fine else f"  #{'score':>9}")
     for place, item in enumerate(found, 1):
         parts = f"{item['global']:9.3f}{item['local']:9.3f}" if fine else ""
-        name = "".join(letter if letter.isprintable() else " " for letter in item["name"])  # a caption may hold any
+        # A caption may hold any character. The blanks of a file name stay as they are, so that it can be copied.
+        name = "".join(letter if letter.isprintable() or category(letter) == "Zs" else " " for letter in item["name"])
         print(f"{place:3d}{item['score']:9.3f}{parts}  {name}")
 
 

@@ -71,7 +71,7 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
     if getattr(args, "from_run", None) not in (None, folder):
         raise BadInput(f"--from-run is for an index, and {folder} is a run")
     opened = folders.open_run(folder)
-    moved = {name: str(getattr(args, name)) for name in ("data_root", "region_weights", "clip_model")
+    moved = {name: str(getattr(args, name)) for name in ("data_root", "cache", "region_weights", "clip_model")
              if getattr(args, name)} | ({"skip_bad": True} if args.skip_bad else {})
     settings = settings_.from_flat(settings_.flat(opened.settings) | moved)
     device, precision = models.resolve(args.device, settings.run.precision)
@@ -94,7 +94,7 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
 
 def check_content(place: Path | str, opened: index.Index, split: data.Split) -> None:
     """Raises BadInput if an index was made of other captions, pictures or features than the split has now."""
-    if opened.manifest.get("content") != folders.fingerprint(split):
+    if opened.manifest.get("content") != folders.content(split):
         raise BadInput(f"{place}: its captions, pictures or features have changed since it was made: make the index "
                        "again")
 
@@ -165,7 +165,7 @@ def run_index(args: argparse.Namespace) -> None:
     identity = {"checkpoint": checkpoint, "run": str(args.run.resolve()),
                 "dataset": settings.run.dataset, "split": split.name, "dtype": args.dtype,
                 "data": str(Path(root).resolve()) if root else None, "dim": settings.architecture.dim,
-                "tokens": settings.run.model != "user", "content": folders.fingerprint(split)}
+                "tokens": settings.run.model != "user", "content": folders.content(split)}
     if args.images:  # other pictures make another index
         listed = str([list(facts(picture, args.images)) for picture in split.pictures])
         identity["pictures"] = hashlib.sha256(listed.encode()).hexdigest()

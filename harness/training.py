@@ -94,10 +94,11 @@ class Run:
         # A generator of the loader's own leaves the global one alone, on which an exact resume rests.
         loader = DataLoader(pairs, sampler=self.plan(self.epoch)[self.step :], batch_size=None,
                             num_workers=self.workers or min(4, torch.get_num_threads()) * gpu, pin_memory=gpu,
-                            generator=torch.Generator(), worker_init_fn=console.ignore_interrupts)
+                            generator=torch.Generator(), worker_init_fn=console.ignore_interrupts,
+                            collate_fn=console.as_arrays)
         for batch in loader:
             ranks.reseed(self.settings.run.seed, self.epoch * self.steps_per_epoch + self.step)
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            yield {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
 
     def plan(self, epoch: int) -> list[list[int]]:
         training = self.settings.training

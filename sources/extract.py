@@ -6,10 +6,13 @@ the pass: it is reported when all others are done.
 """
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -52,7 +55,10 @@ class Cache:
 
     @contextmanager
     def opened(self):
-        """Lock the store and open it. If another program holds it, say so and wait."""
+        """Lock the store and open it. If another program holds it, say so and wait.
+
+        A store that may only be read is opened without a lock. That is enough if it has all pictures.
+        """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{self.folder}.lock")
         try:
@@ -61,8 +67,9 @@ class Cache:
             print(f"another program is looking at these pictures, waiting for it ({lock.lock_file})", file=sys.stderr)
             lock.acquire()
         except OSError as error:
-            raise BadInput(f"{lock.lock_file}: cannot be locked ({error.strerror or error}), as on some network file "
-                           "systems: take a folder on another disk, by --cache") from error
+            if error.errno not in (errno.EACCES, errno.EROFS) or not (self.folder / "identity.json").is_file():
+                raise BadInput(f"{lock.lock_file}: cannot be locked ({error.strerror or error}), as on some network "
+                               "file systems: take a folder on another disk, by --cache") from error
         try:
             self.store = Store(self.folder, self.key, self.arrays)
             yield
@@ -128,7 +135,8 @@ def know_again(pictures: Sequence, known: list[Facts], store: Store) -> None:
         if isinstance(picture, Path) and store.find(of) is None and of[:2] in names_and_sizes:
             with suppress(BadInput):
                 again.append((digest(photos.read_file(picture)), of))
-    store.add([(key, of) for key, of in again if store.find(key) is not None], {})
+    if again := [(key, of) for key, of in again if store.find(key) is not None]:
+        store.add(again, {})
 
 
 def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Cache], workers: int) -> dict[int, str]:
@@ -151,7 +159,9 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
     errors = {}
     try:
         with bar:
-            for digests, wrong, prepared in loader:
+            with uninterrupted():
+                seen_by_workers = iter(loader)  # starts the processes
+            for digests, wrong, prepared in seen_by_workers:
                 errors |= wrong
                 for name, cache in used.items():
                     seen = [(key, known[place]) for place, key in digests.items() if name in lacking[place]]
@@ -176,6 +186,22 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
         raise BadInput("a process that decodes pictures was killed, perhaps because memory ran out; what was computed "
                        f"is kept: go on with fewer processes, by --workers 1 ({str(error).splitlines()[0]})") from error
     return errors
+
+
+@contextmanager
+def uninterrupted():
+    """Ctrl-C waits until the end of the block. Python would lose one that comes while it forks a process."""
+    before, heard = signal.getsignal(signal.SIGINT), []
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *given: heard.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 class Decoded(Dataset):

@@ -51,7 +51,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         replace(partial, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink()  # it takes room, and is of no use
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error

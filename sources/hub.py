@@ -14,14 +14,20 @@ from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from sources.files import BadInput
+from sources.files import BadInput, explained
 
 WAIT = 2.0  # seconds
 SIZES = {"bert-base-uncased": "440 MB", "openai/clip-vit-base-patch32": "605 MB"}  # of the weights of our defaults
 
 
 def endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    """The address of the hub. Raises BadInput if HF_ENDPOINT is none."""
+    address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    with explained("HF_ENDPOINT", "an address such as https://huggingface.co"):
+        found = urlsplit(address)
+        if found.scheme not in ("http", "https") or not found.hostname or found.port == 0:
+            raise ValueError(f"found {address}")
+    return address
 
 
 def within_reach(address: str = "") -> bool:
@@ -31,6 +37,7 @@ def within_reach(address: str = "") -> bool:
     """
     if not address and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
+    address = address or endpoint()
     answers: list[bool] = []
 
     def knock(place: tuple) -> None:
@@ -40,7 +47,7 @@ def within_reach(address: str = "") -> bool:
 
     def connect() -> None:
         try:
-            to = urlsplit(address or endpoint())
+            to = urlsplit(address)
             proxies = {} if proxy_bypass(to.hostname or "") else getproxies()
             proxy = proxies.get(to.scheme) or proxies.get("all")
             at = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else to

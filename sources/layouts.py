@@ -139,6 +139,8 @@ def read_captions(path: Path) -> list[str]:
     Raises BadInput for an empty line or broken UTF-8.
     """
     if str(path) == "-":
+        if sys.stdin is None:
+            raise BadInput("standard input: closed, expected captions")
         content, path = sys.stdin.buffer.read(), "standard input"
     else:
         content = photos.read_file(path, "a file of captions")

@@ -26,7 +26,7 @@ def fetch_scan_features(dataset: str, root: Path, quiet: bool = False) -> None:
     if dataset not in IMAGES:
         raise BadInput(f"--regions files: SCAN has features for {' and '.join(IMAGES)}, not for {dataset}; "
                        "--regions auto computes some from the pictures")
-    folder, work = Path(root) / PRECOMP[dataset], Path(root) / f"fetching-features-{dataset}"
+    folder, work = Path(root) / PRECOMP[dataset], Path(root) / f".fetching-features-{dataset}"
     wanted = {f"{split}_{kind}": images * AN_IMAGE if kind == "ims.npy" else 0
               for split, images in IMAGES[dataset].items() for kind in ("ims.npy", "caps.txt")
               if not (folder / f"{split}_{kind}").is_file()}

@@ -1,7 +1,9 @@
 """extract.py, pictures.py: one pass over the pictures, nothing computed twice, nothing stale; and by command line."""
+import errno
 import json
 import os
 import shutil
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +20,7 @@ import retrieve
 import train
 from harness import folder, pictures
 from harness.settings import Settings, make
-from sources import extract, networks, photos
+from sources import extract, files, networks, photos
 from sources.files import BadInput
 
 
@@ -325,6 +327,27 @@ def test_any_picture_can_be_seen_as_a_scene_is(tmp_path):
     split = data.Split("images", [], np.zeros(0, np.int64), None, ["scene.png"], [tmp_path / "scene.png"])
     pictures.prepare({"images": split}, make(dict(data_root=str(tmp_path))), tmp_path, wanted=found)
     assert np.allclose(split.features.read([0])[0], splits["val"].features.read([3])[0], rtol=1e-3)  # stored in float16
+
+
+def test_ctrl_c_waits_while_processes_start():
+    with pytest.raises(KeyboardInterrupt), extract.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        waited = True
+    assert waited and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_complete_cache_that_may_only_be_read_is_enough(root, seen, monkeypatch):
+    first, again = split(root, ALL), split(root, ALL)
+    found = pictures.prepare({"train": first}, settings(root), root / "run")
+
+    def closed(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(extract.FileLock, "acquire", closed)
+    monkeypatch.setattr(files, "append", closed)
+    seen.clear()
+    pictures.prepare({"train": again}, settings(root), root / "run", wanted=found)
+    assert not seen and features(again) == features(first)
 
 
 def test_the_cache_lies_beside_the_data_or_else_beside_the_run(tmp_path):

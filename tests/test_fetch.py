@@ -429,7 +429,7 @@ def test_features_of_scan_come_by_kagglehub(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     free[0] = 10**9
     refused(lambda: scan_features.fetch_scan_features("flickr30k", root), "9.1 GB of disk")
-    part = root / "fetching-features-flickr30k" / "datasets" / "part"  # a transfer that was stopped before its end
+    part = root / ".fetching-features-flickr30k" / "datasets" / "part"  # a transfer that was stopped before its end
     part.parent.mkdir(parents=True)
     part.touch()
     os.truncate(part, 9 * 10**9)
@@ -438,7 +438,7 @@ def test_features_of_scan_come_by_kagglehub(tmp_path, monkeypatch, capsys):
     free[0] = 10**12
     refused(lambda: scan_features.fetch_scan_features("flickr30k", root), "no network", "f30k_precomp")
     monkeypatch.setattr(hub, "within_reach", lambda address: address == "https://www.kaggle.com")
-    with files.locked(root / "fetching-features-flickr30k"):
+    with files.locked(root / ".fetching-features-flickr30k"):
         refused(lambda: scan_features.fetch_scan_features("flickr30k", root), "another program")
     monkeypatch.setenv("KAGGLE_FAILS", "train_ims.npy")
     refused(lambda: scan_features.fetch_scan_features("flickr30k", root), "broken", "Start again")
@@ -452,7 +452,7 @@ def test_features_of_scan_come_by_kagglehub(tmp_path, monkeypatch, capsys):
     (root / "f30k_precomp" / "train_ims.npy").unlink()
     (root / "f30k_precomp" / "dev_ims.npy").write_text("my own")
     scan_features.fetch_scan_features("flickr30k", root)  # what is lost, and no more
-    assert (root / "f30k_precomp" / "train_ims.npy").exists() and not (root / "fetching-features-flickr30k").exists()
+    assert (root / "f30k_precomp" / "train_ims.npy").exists() and not (root / ".fetching-features-flickr30k").exists()
     assert (root / "f30k_precomp" / "dev_ims.npy").read_text() == "my own"
     capsys.readouterr()
     scan_features.fetch_scan_features("flickr30k", root)

@@ -27,12 +27,13 @@ def test_a_server_that_answers_is_within_reach(monkeypatch):
         assert not hub.within_reach()
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert not hub.within_reach()  # the server is gone
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:80o")
-    failed = []
-    monkeypatch.setattr(threading, "excepthook", failed.append)
-    assert not hub.within_reach() and not failed  # this port is no number
-    monkeypatch.setenv("HF_ENDPOINT", "https://[hub")
-    assert not hub.within_reach() and not failed
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:80o", "https://[hub", "mirror.example"])
+def test_an_address_of_the_hub_that_is_none_is_refused(monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(BadInput, match="HF_ENDPOINT: expected an address"):
+        hub.within_reach()
 
 
 @pytest.mark.parametrize("written", ["http://127.0.0.1:{}", "127.0.0.1:{}"])

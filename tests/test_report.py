@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import unit
+from PIL import Image
 
 import data
 import retrieve
@@ -58,6 +59,13 @@ def test_a_found_picture_has_its_name_above_it(monkeypatch, tmp_path):
     names = ["1000268201_693b08cb0e.jpg", "COCO_train2014_000000391895.jpg"]
     figures.found_images(data.Split("test", [], np.array([]), None, names, [None] * 2), "a dog", [0, 1], tmp_path)
     assert drawn == ["1. 1000268201_693b08cb0e.jpg", "2. COCO_train...00000391895.jpg"]
+
+
+def test_a_strip_of_found_pictures_ends_and_letters_without_a_picture_take_one_line(tmp_path, capsys):
+    split = data.Split("test", [], np.array([]), None, ["a.png"] * 300, [None] * 300)
+    figures.found_images(split, "\u72d7\u732b", list(range(300)), tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").width < 20 * 300
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["#1: $5, #2: $6", "$\\frac$"])

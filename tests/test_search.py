@@ -13,7 +13,7 @@ import torch
 import data
 import retrieve
 import train
-from harness import index, report
+from harness import folder, index, report
 from harness import search as command_line
 from sources.files import BadInput
 
@@ -51,6 +51,8 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red dog\n" * 5000 + b"\xff cat")))
     assert retrieve.main(["search", out, "--queries", "-"]) == 2
     assert "standard input, line 5001: byte 0xff is not UTF-8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert retrieve.main(["search", str(out), "--queries", "-"]) == 2 and "closed" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red dog\n\na small ball")))
     assert retrieve.main(["search", out, "--queries", "-"]) == 2
     assert "standard input, line 2: empty, expected a caption" in capsys.readouterr().err
@@ -149,6 +151,13 @@ def test_an_index_of_pictures_that_changed_is_refused(flags, root, tmp_path, cap
     assert "captions or features of split val have changed" in capsys.readouterr().err
 
 
+def test_an_index_notices_pictures_that_have_swapped_their_names(root):
+    split = data.load("flickr8k", root, ("val",))["val"]
+    before = folder.content(split), folder.fingerprint(split)
+    split.image_names[:2] = split.image_names[1::-1]
+    assert folder.content(split) != before[0] and folder.fingerprint(split) == before[1]
+
+
 def test_the_test_files_alone_are_enough(trained, root, tmp_path, capsys):
     for name in ("ims.npy", "caps.txt"):
         shutil.copy(root / f"dev_{name}", tmp_path / f"test_{name}")
@@ -171,8 +180,8 @@ def test_a_damaged_picture_is_not_drawn_and_costs_nothing_else(run, root, tmp_pa
 
 
 def test_a_caption_is_printed_without_what_would_change_the_terminal(capsys):
-    report.show("", [{"name": "a \x1b[31mred\ndog", "score": 1.0, "global": 1.0}], False, False)
-    assert capsys.readouterr().out.splitlines()[1].endswith("a  [31mred dog")
+    report.show("", [{"name": "a\u202f\x1b[31mred\ndog", "score": 1.0, "global": 1.0}], False, False)
+    assert capsys.readouterr().out.splitlines()[1].endswith("a\u202f [31mred dog")  # a blank stays what it is
 
 
 def test_shortlists_of_several_lengths(run, capsys):

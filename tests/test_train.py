@@ -261,6 +261,15 @@ def test_resume_takes_exactly_the_path_of_the_uninterrupted_run(flags, tmp_path,
     assert [line["val"] for line in lines[0]] == [line["val"] for line in lines[1]]
 
 
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    def fail(file):
+        raise ValueError("too wide a figure")
+
+    with pytest.raises(ValueError, match="too wide"):
+        files.write_whole(tmp_path / "a.png", fail)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     files.write_whole(path, lambda file: file.write(b"old and whole"))
@@ -374,6 +383,15 @@ def test_workers_read_the_same_batches(flags, tmp_path):
     assert train.main([*flags[:-1], str(tmp_path / "a"), "--epochs", "1"]) == 0
     assert train.main([*flags[:-1], str(tmp_path / "b"), "--epochs", "1", "--workers", "2"]) == 0
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_batches_cross_processes_as_arrays_for_shared_memory_may_be_too_small(flags, tmp_path, monkeypatch):
+    given, options = cli.parse(flags)
+    run, seen = training.set_up(settings.make(given), tmp_path / "run", "cpu"), {}
+    monkeypatch.setattr(training, "DataLoader", lambda pairs, **options: seen.update(options) or [])
+    assert list(run.batches()) == []
+    batch = seen["collate_fn"]({"word_ids": torch.ones(2, 3, dtype=torch.long)})
+    assert type(batch["word_ids"]) is np.ndarray and batch["word_ids"].dtype == np.int64
 
 
 def test_the_loss_masks_the_other_captions_of_an_image():

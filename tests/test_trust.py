@@ -176,7 +176,15 @@ def test_processes_that_read_batches_leave_ctrl_c_to_the_loop_and_end_in_one_lin
                            "workers are out of shared memory.")
 
     assert console.run_command(killed) == 2
-    assert "--shm-size" in capsys.readouterr().err
+    assert "--workers" in capsys.readouterr().err
+
+
+def test_an_error_takes_one_line_and_leaves_names_as_they_are(capsys):
+    def fail():
+        raise files.BadInput("Screenshot\u202f1  b.png: found\n  two lines")
+
+    assert console.run_command(fail) == 2
+    assert capsys.readouterr().err == "error: Screenshot\u202f1  b.png: found two lines\n"
 
 
 @pytest.mark.parametrize(("fault", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 141)])
@@ -334,6 +342,14 @@ def test_a_tokenizer_that_cannot_be_read_is_reported(run, capsys):
     for content in ("", "[]", '{"model": 1}'):
         (run / "tokenizer" / "tokenizer.json").write_text(content)
         refused(retrieve.main, ["evaluate", str(run)], capsys, "tokenizer: the tokenizer cannot be read")
+
+
+def test_a_tokenizer_of_another_run_is_reported(run, capsys):
+    tokenizer = folder.open_run(run).tokenizer
+    known = len(tokenizer)
+    tokenizer.add_tokens(["platypus"])
+    tokenizer.save_pretrained(run / "tokenizer")
+    refused(retrieve.main, ["search", str(run), "a dog"], capsys, f"numbers up to {known}", f"knows {known}")
 
 
 def test_a_bert_that_reads_less_than_the_longest_caption_is_reported(flags, capsys):
