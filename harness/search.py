@@ -154,7 +154,7 @@ def run_index(args: argparse.Namespace) -> None:
         run = open_run(args.run, args, None, with_data=False)
         cache = args.run / "pushed.cache" if address else place.with_name(f"{place.name}.cache")
         settings = settings_.from_flat(settings_.flat(run.settings) | {
-            "data_root": str(args.images), "skip_bad": args.skip_bad, "cache": str(cache)})
+            "data_root": str(args.images), "skip_bad": args.skip_bad, "cache": str(args.cache or cache)})
         run.split, run.words = pictures.of_folder(settings, args.run, run.device, args.workers, run.seen), []
     else:
         run = open_run(args.run, args, args.split)

@@ -160,8 +160,8 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
     try:
         with bar:
             with uninterrupted():
-                seen_by_workers = iter(loader)  # starts the processes
-            for digests, wrong, prepared in seen_by_workers:
+                read = iter(loader)  # starts the processes
+            for digests, wrong, prepared in read:
                 errors |= wrong
                 for name, cache in used.items():
                     seen = [(key, known[place]) for place, key in digests.items() if name in lacking[place]]
