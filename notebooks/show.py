@@ -93,7 +93,7 @@ def slider(draw: Callable, **choices) -> None:
     """Controls for `draw`, one for each keyword, as `ipywidgets.interact` takes them: (1, 50) is a slider.
 
     They need a running notebook. In one that was run as a script, as the stored one was, only a line says so; set
-    `show.LIVE = True` if your editor is not found out to be alive.
+    `show.LIVE = True` if your editor runs notebooks live and this module does not notice.
     """
     if LIVE:
         display(ipywidgets.interactive(draw, **choices))
