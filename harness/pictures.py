@@ -175,8 +175,7 @@ def regions_network(settings: Settings, device: torch.device | str):
 
 
 def cache_folder(settings: Settings, folder: Path) -> Path:
-    """Where the stores lie: --cache, else `cache` in the data's folder if it is there or can be made, else in `folder`.
-    """
+    """Where the stores lie: --cache, else DATA_ROOT/cache if it is there or can be made, else `folder`/cache."""
     if settings.pictures.cache:
         return Path(settings.pictures.cache)
     root = settings.run.data_root

@@ -95,8 +95,8 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
 def check_content(place: Path | str, opened: index.Index, split: data.Split) -> None:
     """Raises BadInput if an index was made of other captions, pictures or features than the split has now."""
     if opened.manifest.get("content") != folders.content(split):
-        raise BadInput(f"{place}: its captions, pictures or features have changed since it was made: make the index "
-                       "again")
+        raise BadInput(f"{place}: its captions, pictures or features have changed since it was made: "
+                       "make the index again")
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
