@@ -125,8 +125,9 @@ def parser(shown: settings.Settings) -> Parser:
             titled.add_argument(settings.flag(name), help=note, default=None, **how)
     other = out.add_argument_group("Everything else")
     other.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
-    other.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
-                       help="processes that read features (default: up to 4 for a GPU) or decode pictures (up to 8)")
+    other.add_argument("--workers", type=whole(0, 256), metavar="N",
+                       help="processes that read features (default: up to 4 for a GPU) or decode pictures (up to 8); "
+                            "0: no others")
     other.add_argument("--pieces", type=whole(1, 16_384), metavar="N", default=1,
                        help="encode a batch in N pieces, to save memory; only with --model tgdt (default 1)")
     other.add_argument("--out", type=path, metavar="DIR", help="run folder (default runs/<dataset>-<model>)")
@@ -191,8 +192,8 @@ def search_parser() -> Parser:
     shared.add_argument("--cache", type=path, metavar="DIR", help="folder of computed features, if it has moved")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     shared.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
-    shared.add_argument("--workers", type=whole(0, 256), metavar="N", default=0,
-                        help="processes that decode pictures (default: one per core, at most 8)")
+    shared.add_argument("--workers", type=whole(0, 256), metavar="N",
+                        help="processes that decode pictures (default: one per core, at most 8; 0: no others)")
     one = commands.add_parser("evaluate", parents=[shared], help="recall, both directions",
                               description="Recall of a run: global only, exhaustive local, two-stage; both directions.")
     one.add_argument("run", type=place, metavar="RUN", help="a run folder that train.py wrote, or an index in Qdrant")

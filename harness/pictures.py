@@ -25,12 +25,12 @@ from sources.files import BadInput, check_folder
 
 
 def prepare(splits: dict[str, data.Split], settings: Settings, folder: Path, device: torch.device | str = "cpu",
-            workers: int = 0, wanted: dict | None = None) -> dict:
+            workers: int | None = None, wanted: dict | None = None) -> dict:
     """Give splits without features theirs and, with --guide clip, all splits their CLIP embeddings `clip` [N, E].
 
     folder: for the cache, if the settings name none and the data's folder cannot be written. workers: processes that
-    decode pictures (0: one for each core, at most 8). wanted: what this function returned when the model was trained.
-    With it a network is loaded only if a picture is missing from the cache, and another network is refused.
+    decode pictures (None: one a core, at most 8). wanted: what this function returned when the model was trained. With
+    it a network is loaded only if a picture is missing from the cache, and another network is refused.
 
     Returns {"regions": identity, "clip": identity or None}, which tell what the features were computed by. Raises
     BadInput if a network cannot be loaded, if pictures cannot be used (--skip-bad leaves these out), and if an image
@@ -91,7 +91,8 @@ def check_regions(splits: dict[str, data.Split], settings: Settings) -> None:
                                "number of them")
 
 
-def of_folder(settings: Settings, run: Path, device: torch.device | str, workers: int, wanted: dict) -> data.Split:
+def of_folder(settings: Settings, run: Path, device: torch.device | str, workers: int | None, wanted: dict
+              ) -> data.Split:
     """A split of all pictures in the folder --data-root, without captions. The arguments are those of `prepare`.
 
     Raises BadInput if a run's regions came from files, since then it is not known what computed them.

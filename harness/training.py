@@ -46,7 +46,7 @@ class Run:
     out: Path
     device: torch.device
     precision: str
-    workers: int = 0
+    workers: int | None = None  # that read batches; None: some for a GPU
     last: dict | None = None   # the checkpoint to go on from
     quiet: bool = False        # no progress bar, no line an epoch
     pieces: int = 1            # in which a batch is encoded, to save memory
@@ -91,11 +91,11 @@ class Run:
         noise = data.CaptionNoise(self.tokenizer, chance) if (chance := self.settings.text.noise) else None
         pairs = data.Pairs(self.splits["train"], self.words["train"], noise, (self.settings.run.seed, self.epoch))
         gpu = self.device.type == "cuda"  # it should not wait for the disk
+        workers = self.workers if self.workers is not None else min(4, torch.get_num_threads()) * gpu
         # A generator of the loader's own leaves the global one alone, on which an exact resume rests.
         loader = DataLoader(pairs, sampler=self.plan(self.epoch)[self.step :], batch_size=None,
-                            num_workers=self.workers or min(4, torch.get_num_threads()) * gpu, pin_memory=gpu,
-                            generator=torch.Generator(), worker_init_fn=console.ignore_interrupts,
-                            collate_fn=console.as_arrays)
+                            num_workers=workers, pin_memory=gpu, generator=torch.Generator(),
+                            worker_init_fn=console.ignore_interrupts, collate_fn=console.as_arrays)
         for batch in loader:
             ranks.reseed(self.settings.run.seed, self.epoch * self.steps_per_epoch + self.step)
             yield {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
@@ -191,7 +191,7 @@ class Run:
         self.saved = time.perf_counter()
 
 
-def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int = 0,
+def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = False, workers: int | None = None,
            quiet: bool = False, pieces: int = 1) -> Run:
     """Load data, text encoder and features, and build the model. Rank 0 writes settings.json before the features.
 

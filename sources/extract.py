@@ -106,10 +106,10 @@ def check_same(wanted: dict, found: dict) -> None:
 
 
 def fill(pictures: Sequence[Path | np.ndarray], root: Path, caches: dict[str, Cache],
-         workers: int = 0) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+         workers: int | None = None) -> tuple[dict[str, np.ndarray], dict[int, str]]:
     """Look at the pictures that a cache lacks.
 
-    root: names of files are kept relative to it. workers: processes that decode; 0: one for each core, at most 8.
+    root: names of files are kept relative to it. workers: processes that decode; None: one for each core, at most 8.
     Returns rows, for each cache the row [N] of each picture in its store (-1 if the picture cannot be used), and
     errors, what is wrong with the pictures that cannot be used.
     """
@@ -139,7 +139,8 @@ def know_again(pictures: Sequence, known: list[Facts], store: Store) -> None:
         store.add(again, {})
 
 
-def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Cache], workers: int) -> dict[int, str]:
+def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Cache],
+                    workers: int | None) -> dict[int, str]:
     """Decode pictures and let each network look at those that its store lacks. Returns what went wrong, by picture."""
     lacking = [[name for name, cache in caches.items() if cache.store.find(of) is None] for of in known]
     todo = [place for place, names in enumerate(lacking) if names]
@@ -150,7 +151,10 @@ def look_at_missing(pictures: Sequence, known: list[Facts], caches: dict[str, Ca
         cache.load()
     size = min(cache.network.batch_size for cache in used.values())
     batches = [todo[start : start + size] for start in range(0, len(todo), size)]
-    workers = 0 if len(todo) <= FEW else workers or min(8, os.cpu_count() or 1)
+    if len(todo) <= FEW:
+        workers = 0
+    elif workers is None:
+        workers = min(8, os.cpu_count() or 1)
     loader = DataLoader(Decoded(pictures, lacking, used), sampler=batches, batch_size=None, num_workers=workers,
                         collate_fn=tuple,  # changes nothing; without it arrays would become tensors
                         generator=torch.Generator())  # so that it takes no random numbers from the program's generator

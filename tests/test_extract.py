@@ -212,11 +212,12 @@ def test_a_second_program_waits_for_the_first_and_computes_nothing_twice(root, s
         assert np.allclose(features(split), [colour(root / name) for name in names])
 
 
-def test_workers_see_the_same(root, seen, monkeypatch):
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_workers_see_the_same(root, seen, monkeypatch, workers):
     monkeypatch.setattr(extract, "FEW", 0)
     (root / "2.png").write_bytes(b"no picture")
     own = split(root, ALL)
-    pictures.prepare({"train": own}, settings(root, skip_bad=True), root / "run", workers=2)
+    pictures.prepare({"train": own}, settings(root, skip_bad=True), root / "run", workers=workers)
     assert np.allclose(features(own), [colour(root / name) for name in ALL if name != "2.png"])
 
 

@@ -385,6 +385,16 @@ def test_workers_read_the_same_batches(flags, tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
+@pytest.mark.parametrize(("given", "workers"), [((), 1), (("--workers", "0"), 0), (("--workers", "3"), 3)])
+def test_a_gpu_has_processes_that_read_unless_none_are_asked_for(flags, given, workers, tmp_path, monkeypatch):
+    values, options = cli.parse([*flags, *given])
+    run, seen = training.set_up(settings.make(values), tmp_path / "run", "cpu", workers=options.workers), {}
+    run.device = torch.device("cuda")
+    monkeypatch.setattr(training, "DataLoader", lambda pairs, **options: seen.update(options) or [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert list(run.batches()) == [] and seen["num_workers"] == workers
+
+
 def test_batches_cross_processes_as_arrays_for_shared_memory_may_be_too_small(flags, tmp_path, monkeypatch):
     given, options = cli.parse(flags)
     run, seen = training.set_up(settings.make(given), tmp_path / "run", "cpu"), {}
