@@ -10,8 +10,6 @@ A batch is a dictionary of tensors, for B captions and their I images, each imag
     word_ids [B, W]     word_mask [B, W]          image_row [B], the row of `regions` that each caption belongs to
     image_index [B]     caption_index [B]         rows of the whole split; image_index tells true negatives from false
 """
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,7 +62,7 @@ class Split:
         self.pictures = [picture for picture, stays in zip(self.pictures, good, strict=True) if stays]
 
 
-def load(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val", "test"), regions: str = "auto",
+def load(dataset: str, root: Path | str | None, splits: Sequence[str] = ("train", "val", "test"), regions: str = "auto",
          split_seed: int = 0) -> dict[str, Split]:
     """The splits of a dataset: "scenes", which needs no files, "flickr8k", "flickr30k", "coco" or "folder" (your own).
 
@@ -228,11 +226,12 @@ def epoch_batches(image_of: np.ndarray, batch_size: int, captions_per_image: int
     return [[caption for _, _, captions in batch for caption in captions] for batch in batches]
 
 
-def image_batches(split: Split, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """All images in order, to encode them: what `image_side` gives, and image_index [I]."""
-    for start in range(0, len(split.features), batch_size):
-        images = np.arange(start, min(start + batch_size, len(split.features)))
-        yield image_side(split, images) | {"image_index": torch.from_numpy(images)}
+def image_batches(split: Split, batch_size: int, images: np.ndarray | None = None) -> Iterator[dict[str, Tensor]]:
+    """All images in order, or some, to encode them: what `image_side` gives, and image_index [I]."""
+    images = np.arange(len(split.features)) if images is None else images
+    for start in range(0, len(images), batch_size):
+        some = images[start : start + batch_size]
+        yield image_side(split, some) | {"image_index": torch.from_numpy(some)}
 
 
 def text_batches(words: list[np.ndarray], batch_size: int) -> Iterator[dict[str, Tensor]]:

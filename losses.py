@@ -8,8 +8,6 @@ Everything here is a function of tensors. A batch holds B captions, and row i of
 image of caption i, so the true pairs are on the diagonal. If two captions of one image meet in a batch, there are
 true pairs off the diagonal, too. `positives` marks all true pairs, and no loss uses one of them as a negative.
 """
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -269,10 +267,10 @@ def user_loss(images, texts, image_row: Tensor, keys: Keys | None = None, mu: fl
     return loss + contrast(images, texts, image_row, **infonce)
 
 
-def unified_loss(images, texts, image_row: Tensor, keys: Keys | None, uto_settings: dict,
-                 infonce_weight: float = 1.0, **infonce) -> Tensor:
+def unified_loss(images, texts, image_row: Tensor, keys: Keys | None = None, infonce_weight: float = 1.0,
+                 **options) -> Tensor:
     """USER's loss, and InfoNCE on the globals, the plain tokens and the fine tokens. Neither paper has this model.
 
-    uto_settings: for `uto`. infonce_weight, infonce: for `contrast`. Returns a scalar, a mean over the B pairs.
+    options: the others of `user_loss`. Returns a scalar, a mean over the B pairs.
     """
-    return user_loss(images, texts, image_row, keys, **uto_settings, infonce_weight=infonce_weight, **infonce)
+    return user_loss(images, texts, image_row, keys, infonce_weight=infonce_weight, **options)

@@ -10,8 +10,6 @@ The global encoder reads the local tokens: that is the token guidance. One pass 
 local similarity aligns and the coarse vector that searches a million images. The symbols of the paper are listed in
 docs/symbols.md.
 """
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -14,8 +14,6 @@ setting. A run leaves a folder with settings.json, checkpoint.pt (the last state
 rsum), history.jsonl (one line per epoch), metrics.json and pictures. Ctrl-C saves and stops, and --resume goes on from
 there. On a CPU it then gives bit for bit what the uninterrupted run would have given.
 """
-from __future__ import annotations
-
 if __name__ == "__main__":  # --help, a mistake in a flag and Ctrl-C need not wait for the slow imports below
     from harness import start
     start.first_look("train")
@@ -129,8 +127,8 @@ def batch_loss(model: nn.Module, momentum: MomentumContrast | None, batch: Mappi
         return losses.tgdt_loss(images, texts, row, negatives=negatives, **vars(settings.cmc), **infonce)
     if settings.run.model == "user":
         return losses.user_loss(images, texts, row, keys, **vars(settings.uto), **infonce)
-    return losses.unified_loss(images, texts, row, keys, vars(settings.uto), reduction=settings.cmc.reduction,
-                               **infonce)
+    infonce["reduction"] = settings.cmc.reduction
+    return losses.unified_loss(images, texts, row, keys, **vars(settings.uto), **infonce)
 
 
 def make_optimizer(model: nn.Module, training) -> torch.optim.Optimizer:

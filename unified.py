@@ -15,8 +15,6 @@ of each InfoNCE target comes from the momentum copy, which is soon better than t
 distillation). docs/unified.md has the measurements behind these choices, docs/results.md the comparison with both
 papers' models.
 """
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor, nn

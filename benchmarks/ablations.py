@@ -16,8 +16,6 @@ There are three budgets. "flickr8k" is the smallest one in which all arms can be
 without dropout and noise, so each caption passes it once for all arms, and a batch holds all five captions of its
 images. "flickr8k-full" is the small preset, with BERT fine-tuned. "scenes" is the small preset on the built-in scenes.
 """
-from __future__ import annotations
-
 import argparse
 import csv
 import io

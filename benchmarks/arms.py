@@ -280,7 +280,7 @@ def other_unified(model, momentum, batch, settings, precision, negatives, change
     infonce = vars(settings.infonce) | {"teacher": teacher}
 
     def loss_on(*sides) -> Tensor:
-        return losses.unified_loss(*sides, row, keys, vars(settings.uto), reduction=cmc.reduction, **infonce)
+        return losses.unified_loss(*sides, row, keys, reduction=cmc.reduction, **vars(settings.uto), **infonce)
 
     def local(images, texts) -> Tensor:
         return losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask, cmc.reduction)[row]

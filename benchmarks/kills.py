@@ -7,8 +7,6 @@ For each of the models a tiny run is trained once without a break. Then, for eac
 Checkpoints are written every 0.05 seconds within an epoch, so that kills fall into the writing of files as well. Prints
 a line a model; the exit code is 1 if any run ended differently.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import random

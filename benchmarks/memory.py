@@ -6,8 +6,6 @@ Each run is a process of its own: a tiny model, one epoch over all pictures, two
 are sparse: they take no space on the disk, but they are read as any file is. Prints both peaks and their difference.
 The exit code is 1 if the difference is more than 1 GB.
 """
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

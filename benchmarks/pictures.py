@@ -6,8 +6,6 @@ The networks have random weights, which take as long as trained ones: resnet50 f
 for the detector, and a CLIP of the shape of ViT-B/32. Without --images the pictures are made here: JPEGs of 500 x 375
 with as much detail as a photograph. Both are timed in turn, in one process, on the same pictures.
 """
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

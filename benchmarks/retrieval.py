@@ -10,8 +10,6 @@ multiplies matrices on all cores.
 Embeddings are random: 1,000 images x 36 regions, 5,000 captions of 10 to 20 words, D 1024; K is 50 captions for an
 image and 100 images for a caption.
 """
-from __future__ import annotations
-
 import argparse
 import resource
 import subprocess

@@ -7,8 +7,6 @@ Random unit vectors, as many captions as images; 36 regions an image, 12 words a
 engine runs in this process, on files. PyTorch has one thread. A query is asked alone, three times; the median of the
 best times of 100 queries is printed. A shortlist has 100 images or 50 captions.
 """
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

@@ -7,8 +7,6 @@ Random numbers in the shapes of Flickr8K: 32 images of 36 regions of 1,280 numbe
 pieces, and a BERT of MiniLM's size (6 layers, 384 wide) with random weights. The limit is the time in which the step's
 matrix products would be done at the rate of a large one, in bfloat16 or in float32.
 """
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -18,7 +18,7 @@ MEMORY = "out of memory|(can't|cannot) allocate memory|alloc_failed"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit code. Mistakes of the user and of the machine end in one line, not a traceback.
 
     Codes: 2 for an error, 130 after Ctrl-C, 141 if nobody reads the output any more.
@@ -37,10 +37,10 @@ def run_command(command: Callable[[], int]) -> int:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def code_of(command: Callable[[], int]) -> int:
+def code_of(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit code. An error is printed in one line first."""
     try:
-        code = command()
+        code = command() or 0
         sys.stdout.flush()  # here, so that an error of the output is still reported
         return code
     except BadInput as error:  # from a process of --workers, the message stands at the end of a traceback

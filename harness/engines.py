@@ -1,6 +1,4 @@
 """Search for speed: the results of `retrieve.search`, one thread per product, and fewer products for few captions."""
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import torch

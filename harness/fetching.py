@@ -2,8 +2,6 @@
 
 Nothing here imports torch, so that without a network the message comes at once.
 """
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -14,13 +12,13 @@ from sources import fetch, layouts, scan_features
 from sources.files import BadInput
 
 
-def first_look(given: dict, options: Namespace) -> int:
-    """Warn of flags that have no effect. Returns 0.
+def first_look(given: dict, options: Namespace) -> None:
+    """Warn of flags that have no effect.
 
     Raises BadInput if pictures or captions are missing and no address that has them can be reached.
     """
     if options.resume:  # nothing is fetched, and the flags are compared with that run's settings
-        return 0
+        return
     settings = settings_.make(given)
     dataset, root = settings.run.dataset, data_root(settings)
     features = dataset == "scenes" or dataset in fetch.SOURCES and layouts.has_features(dataset, root)
@@ -32,7 +30,6 @@ def first_look(given: dict, options: Namespace) -> int:
             print(f"warning: {settings_.flag(name)} has no effect with {why}", file=sys.stderr)
     if dataset in fetch.SOURCES and not options.print_settings and are_wanted(settings, root, features):
         fetch.check_network(dataset, root)
-    return 0
 
 
 def find_data(settings: Settings, check: bool, quiet: bool) -> None:

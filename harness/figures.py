@@ -1,6 +1,4 @@
 """The pictures of a run folder: learning curves, what was retrieved, what a word looks at."""
-from __future__ import annotations
-
 import sys
 import textwrap
 import warnings

@@ -2,8 +2,6 @@
 
 Nothing here imports torch, so that --help comes at once.
 """
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

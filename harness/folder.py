@@ -3,8 +3,6 @@
 A run folder is complete in itself. It holds the settings, the shape and the tokenizer of the text encoder, and the
 weights, so that it can be moved to another machine and searched there.
 """
-from __future__ import annotations
-
 import hashlib
 import sys
 from dataclasses import asdict
@@ -192,7 +190,7 @@ def fingerprint(split: data.Split) -> str:
         return hashed.hexdigest()
     for row in sorted({*range(0, len(split.features), max(1, len(split.features) // 16)), len(split.features) - 1}):
         for array in split.features.read([row]):
-            hashed.update(np.ascontiguousarray(array).tobytes())
+            hashed.update(array.tobytes())
     return hashed.hexdigest()
 
 

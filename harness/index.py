@@ -9,8 +9,6 @@ images and for captions, raw arrays in the order of the items:
 An index grows in a hidden folder beside it, which is renamed when it is whole. A kill at any moment leaves the old
 index or none, and the next attempt goes on where the last one stopped.
 """
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,6 +1,4 @@
 """What history.jsonl says, sent to TensorBoard or Weights & Biases as well (--log), if that library is installed."""
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -1,6 +1,4 @@
 """The HTML of the page: a query, its words as buttons, and the two lists of answers. `page.css` is its style."""
-from __future__ import annotations
-
 import base64
 import io
 from html import escape

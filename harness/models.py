@@ -1,6 +1,4 @@
 """From settings to the things they describe: the text encoder, the model, the device."""
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Both papers take their region features from files. `prepare` computes them from pictures for splits that have none, and
 with --guide clip it also gives all splits their CLIP embeddings. The work itself is done in `sources/extract.py`.
 """
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,6 +1,4 @@
 """Push a corpus into Qdrant, block by block; a push that was stopped goes on where it was."""
-from __future__ import annotations
-
 import time
 from bisect import bisect_left
 

@@ -5,8 +5,6 @@
 
 The client has a mode on files of its own. It unpickles them, which would run code from a folder, so it is not used.
 """
-from __future__ import annotations
-
 import os
 import time
 from dataclasses import dataclass, field

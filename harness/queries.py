@@ -2,8 +2,6 @@
 
 Nothing here knows of HTML or of Gradio.
 """
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,8 +10,6 @@ Every rank holds the whole model and reads the whole batch. A step goes like thi
 So the losses and the queues see whole batches and know nothing of all this. A process that was not started by torchrun
 is the only rank, and exchanges nothing.
 """
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import numpy as np

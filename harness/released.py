@@ -1,6 +1,4 @@
 """The authors' released checkpoints, read into our models without running any code from the files."""
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -48,8 +46,8 @@ def load_tgdt(path: str | Path, text_config: BertConfig | None = None) -> TGDT:
         sizes = dict(feature_dim=image["feat-dim"], dim=joint["embed-size"], dropout=joint["dropout"],
                      region_layers=image["transformer-layers"], local_layers=joint["layers"],
                      global_layers=joint["layers"])
-        bert = first_layers(BertModel(text_config or BertConfig()), text["extraction-hidden-layer"])
-        model = TGDT(bert, **sizes, zero_image_token=True)
+        bert = BertModel(text_config or BertConfig(), add_pooling_layer=False)
+        model = TGDT(first_layers(bert, text["extraction-hidden-layer"]), **sizes, zero_image_token=True)
         weights = renamed(weights, TGDT_NAMES)
     return fill(model, path, weights)
 
@@ -77,13 +75,8 @@ def renamed(weights: dict, names: dict[str, str]) -> dict:
 def fill(model: nn.Module, path: str | Path, weights: dict) -> nn.Module:
     """The model in eval mode with these weights. Raises BadInput if one is missing or of another shape."""
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in weights]
-    unfit = [name for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
-    if missing:
-        raise BadInput(f"{path}: has no {missing[0]} ({len(missing)} weights are missing)")
-    if unfit:
-        name = unfit[0]
-        raise BadInput(f"{path}: {name} is {list(weights[name].shape)}, expected {list(wanted[name].shape)} "
-                       f"({len(unfit)} weights have another shape)")
-    model.load_state_dict({name: weights[name] for name in wanted})
+    try:
+        model.load_state_dict({name: weight for name, weight in weights.items() if name in wanted})
+    except RuntimeError as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[1].strip()[:200]}") from error
     return model.eval()

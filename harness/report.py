@@ -1,6 +1,4 @@
 """The report of a run: a split measured, the table, metrics.json, and the pictures of the run folder."""
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -2,8 +2,6 @@
 
 The concepts are in `retrieve.py`, the index is in `harness/index.py`.
 """
-from __future__ import annotations
-
 import argparse
 import hashlib
 import sys
@@ -56,8 +54,7 @@ class Searched:
 
     def image(self, split: data.Split, row: int) -> Embeddings:
         """One image of a split, this one or another."""
-        batch = data.image_side(split, np.array([row])) | {"image_index": torch.zeros(1, dtype=torch.long)}
-        return self.encode([batch], "image", 1)
+        return self.encode(data.image_batches(split, 1, np.array([row])), "image", 1)
 
     def encode(self, batches, kind: str, count: int) -> Embeddings:
         return encode(self.model, batches, kind, count, self.device, self.precision)
@@ -77,7 +74,7 @@ def open_run(folder: Path, args: argparse.Namespace, split: str | None, with_dat
     device, precision = models.resolve(args.device, settings.run.precision)
     out = Searched(settings, opened.model.to(device), device, precision, opened.tokenizer, opened.checkpoint["seen"])
     if with_data:
-        root = Path(settings.run.data_root) if settings.run.data_root else None
+        root = settings.run.data_root
         for name in (split,) if split else ("test", "val"):
             splits = data.load(settings.run.dataset, root, (name,), settings.pictures.regions,
                                settings.pictures.split_seed)
@@ -173,9 +170,7 @@ def run_index(args: argparse.Namespace) -> None:
     def encode_items(kind: str, items: np.ndarray) -> Embeddings:
         if kind == "text":
             return run.encode(data.text_batches([run.words[item] for item in items], 256), "text", len(items))
-        batches = ({**data.image_side(split, part), "image_index": torch.from_numpy(part - items[0])}
-                   for part in np.array_split(items, -(-len(items) // 128)))
-        return run.encode(batches, "image", len(items))
+        return run.encode(data.image_batches(split, 128, items), "image", len(items))
 
     names = {"images": split.image_names, "captions": split.captions}
     counts = {"image": len(split.features), "text": len(split.captions)}

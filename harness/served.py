@@ -5,8 +5,6 @@ Images and captions have a collection each. A point is an item, its id is the ro
 Stage 2 runs in Qdrant where its MaxSim is our local similarity, a sum over the query's tokens: for captions, with the
 reductions sum and mean. Else the tokens of the shortlist come here.
 """
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -2,8 +2,6 @@
 
 What they exchange in a step of training is in `ranks.py`. A process that torchrun did not start is the only rank.
 """
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

@@ -1,6 +1,4 @@
 """The training command: set a run up, hand it to the loop of `train.py`, report at the end."""
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -90,11 +88,11 @@ class Run:
         """What is left of the epoch, on the device. The batches depend on the seed and the epoch alone."""
         noise = data.CaptionNoise(self.tokenizer, chance) if (chance := self.settings.text.noise) else None
         pairs = data.Pairs(self.splits["train"], self.words["train"], noise, (self.settings.run.seed, self.epoch))
-        gpu = self.device.type == "cuda"  # it should not wait for the disk
-        workers = self.workers if self.workers is not None else min(4, torch.get_num_threads()) * gpu
+        few = min(4, torch.get_num_threads()) if self.device.type == "cuda" else 0  # a GPU should not wait for the disk
+        workers = few if self.workers is None else self.workers
         # A generator of the loader's own leaves the global one alone, on which an exact resume rests.
         loader = DataLoader(pairs, sampler=self.plan(self.epoch)[self.step :], batch_size=None,
-                            num_workers=workers, pin_memory=gpu, generator=torch.Generator(),
+                            num_workers=workers, generator=torch.Generator(),
                             worker_init_fn=console.ignore_interrupts, collate_fn=console.as_arrays)
         for batch in loader:
             ranks.reseed(self.settings.run.seed, self.epoch * self.steps_per_epoch + self.step)
@@ -203,10 +201,9 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     where, precision = models.resolve(device, settings.run.precision)
     torch.manual_seed(settings.run.seed)
     last = folder.last_checkpoint(out, settings) if resume else None
-    root = settings.run.data_root
     say = partial(print, file=sys.stderr) if not quiet else lambda text: None
     say(f"loading the data: {settings.run.dataset}")
-    splits = data.load(settings.run.dataset, Path(root) if root else None, regions=settings.pictures.regions,
+    splits = data.load(settings.run.dataset, settings.run.data_root, regions=settings.pictures.regions,
                        split_seed=settings.pictures.split_seed)
     settings.pictures.regions = pictures.kind(settings, splits, where)
     if settings.pictures.regions == "files":
@@ -223,7 +220,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
         folder.check_data(out, last, inputs)
     model = models.build(settings, bert, inputs["feature_dim"], (seen["clip"] or {}).get("dim", 0)).to(where)
     momentum, of = None, settings.momentum
-    if (queue := of.queue if settings.run.model != "tgdt" else 0) or of.keep == "momentum":
+    queue = of.queue if settings.run.model != "tgdt" else 0
+    if queue or of.keep == "momentum":
         momentum = MomentumContrast(model, settings.architecture.dim, queue, of.momentum, warm=True).to(where)
     words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
     if torchrun.number() == 0:

@@ -2,8 +2,6 @@
 
 The first line of a docstring is what stands on the fold.
 """
-from __future__ import annotations
-
 import math
 
 import checks

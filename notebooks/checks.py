@@ -2,8 +2,6 @@
 
 Read them when you are done: they give the answer away.
 """
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import numpy as np

@@ -10,8 +10,6 @@ and `done` shows the figure as a PNG with a line that says what you should see:
 A colour means one thing in all notebooks. The six colours of roles stay apart for the colour-blind too, and where it
 matters a line, a frame or a number says the same as the colour.
 """
-from __future__ import annotations
-
 import base64
 import html
 import inspect

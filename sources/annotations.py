@@ -3,8 +3,6 @@
 Three kinds are read, all into a list of `Entry`: Karpathy's dataset_*.json, COCO's captions_*2014.json with TERAN's
 lists of annotation ids, and a table of your own, captions.csv or captions.jsonl.
 """
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

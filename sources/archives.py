@@ -1,6 +1,4 @@
 """What is inside the files that `fetch.py` brings: pictures in zip archives, and captions in three forms."""
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,6 +1,4 @@
 """One file from one address: carried by the hub's library or by PyTorch's, and checked by its size and its hash."""
-from __future__ import annotations
-
 import errno
 import hashlib
 import re

@@ -6,8 +6,6 @@ the shapes with smooth edges on a clouded ground, under uneven light.
 All machines draw the same bytes. Every choice comes from `RandomState`, whose stream NumPy has frozen, as doubles or
 bytes (its integers depend on the platform), and all else is computed in integers or in floats that are exact.
 """
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from functools import cache

@@ -4,8 +4,6 @@ A picture is decoded once for all networks that lack it, in other processes if t
 before the next one begins, so a pass that was stopped goes on where it was. A picture that cannot be used does not stop
 the pass: it is reported when all others are done.
 """
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -5,8 +5,6 @@ checked, unpacked and deleted before the next one is fetched. Whatever is not fi
 folder that is removed at the end. So a fetch that was killed goes on with what is whole, and nobody trains on half a
 dataset.
 """
-from __future__ import annotations
-
 import re
 import shutil
 import sys

@@ -2,8 +2,6 @@
 
 An error message is one line. It names the file, line or index, says what was found there and what was expected.
 """
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -146,10 +144,8 @@ def read_json(path: Path) -> dict:
     """What a JSON file holds. Raises BadInput if it is missing, not JSON, or a pipe or device, which may never end."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
-    try:
+    with explained(path, "JSON"):
         return json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: cannot be read as JSON: {error}") from error
 
 
 def read_weights(path: Path, expected: str, allowed: Sequence[type] = ()) -> object:
@@ -160,7 +156,7 @@ def read_weights(path: Path, expected: str, allowed: Sequence[type] = ()) -> obj
     """
     import torch  # here, so that --help need not wait for it
 
-    if not Path(path).is_file():
+    if not path.is_file():
         raise BadInput(f"{path}: no such file, expected {expected}")
     try:
         with torch.serialization.safe_globals(list(allowed)):

@@ -2,8 +2,6 @@
 
 Its own library takes half a minute to find out that there is no network; a user should wait two seconds.
 """
-from __future__ import annotations
-
 import os
 import re
 import socket
@@ -21,23 +19,24 @@ SIZES = {"bert-base-uncased": "440 MB", "openai/clip-vit-base-patch32": "605 MB"
 
 
 def endpoint() -> str:
-    """The address of the hub. Raises BadInput if HF_ENDPOINT is none."""
-    address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    with explained("HF_ENDPOINT", "an address such as https://huggingface.co"):
-        found = urlsplit(address)
-        if found.scheme not in ("http", "https") or not found.hostname or found.port == 0:
-            raise ValueError(f"found {address}")
-    return address
+    """The address of the hub."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def within_reach(address: str = "") -> bool:
     """True if an address, or the proxy in front of it, takes a connection within WAIT seconds.
 
-    Without an address it is the hub's: HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 says that there is none.
+    Without an address it is the hub's: HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 says that there is none. Raises
+    BadInput if HF_ENDPOINT is no address.
     """
     if not address and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    address = address or endpoint()
+    if not address:
+        address = endpoint()
+        with explained("HF_ENDPOINT", "an address such as https://huggingface.co"):
+            found = urlsplit(address)
+            if found.scheme not in ("http", "https") or not found.hostname or found.port == 0:
+                raise ValueError(f"found {address}")
     answers: list[bool] = []
 
     def knock(place: tuple) -> None:

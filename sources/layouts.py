@@ -4,8 +4,6 @@ Region features come in two layouts. "scan" is one array for each split, as SCAN
 "bottom-up" is two files for each image, as TERAN and TGDT use it. "pictures" has annotations and pictures only; the
 features are computed from the pictures later (see `extract.py`).
 """
-from __future__ import annotations
-
 import math
 import posixpath
 import re
@@ -37,7 +35,7 @@ class Listing(NamedTuple):
     pictures: list[Path | None]  # N: None if there is no file
 
 
-def read(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val", "test"), regions: str = "auto",
+def read(dataset: str, root: Path | str | None, splits: Sequence[str] = ("train", "val", "test"), regions: str = "auto",
          split_seed: int = 0) -> dict[str, Listing]:
     """Read the splits of "flickr8k", "flickr30k", "coco", or "folder" (your own pictures and captions).
 

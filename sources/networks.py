@@ -107,7 +107,6 @@ class Detector:
         pixels = self.normalised(batch["pixels"].to(self.device) / 255)
         with in_bfloat16(self.device):
             maps = self.net.backbone(pixels)
-        maps = {"0": maps} if isinstance(maps, Tensor) else maps
         maps = {name: of_level.float() for name, of_level in maps.items()}
         proposals = self.net.rpn(ImageList(pixels, sizes), maps)[0]
         scores, shifts = heads.box_predictor(self.pooled(maps, proposals))
@@ -118,11 +117,11 @@ class Detector:
         found = [self.best(*own) for own in zip(refined.split(each), likeliest.split(each), sizes, strict=True)]
         features = self.pooled(maps, found).split([len(boxes) for boxes in found])
         out = {"regions": np.zeros((len(found), self.count, self.dim), np.float32),
-               "boxes": np.zeros((len(found), self.count, 4), np.float32), "count": np.zeros(len(found), np.float32)}
+               "boxes": np.zeros((len(found), self.count, 4), np.float32),
+               "count": np.array([len(boxes) for boxes in found])}
         for row, (boxes, seen, (height, width)) in enumerate(zip(found, features, sizes, strict=True)):
             out["regions"][row, : len(boxes)] = seen.cpu().numpy()
             out["boxes"][row, : len(boxes)] = (boxes / boxes.new_tensor([width, height, width, height])).cpu().numpy()
-            out["count"][row] = len(boxes)
         return out
 
     def pooled(self, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:

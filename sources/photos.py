@@ -1,6 +1,4 @@
 """Pictures in files: found by name, and read upright and in RGB whatever kind of file they are."""
-from __future__ import annotations
-
 import io
 import os
 import re

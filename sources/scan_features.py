@@ -1,6 +1,4 @@
 """Fetch SCAN's region features of Flickr30K and MSCOCO by kagglehub: the ones behind the tables of the papers."""
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -26,13 +24,13 @@ def fetch_scan_features(dataset: str, root: Path, quiet: bool = False) -> None:
     if dataset not in IMAGES:
         raise BadInput(f"--regions files: SCAN has features for {' and '.join(IMAGES)}, not for {dataset}; "
                        "--regions auto computes some from the pictures")
-    folder, work = Path(root) / PRECOMP[dataset], Path(root) / f".fetching-features-{dataset}"
+    folder, work = root / PRECOMP[dataset], root / f".fetching-features-{dataset}"
     wanted = {f"{split}_{kind}": images * AN_IMAGE if kind == "ims.npy" else 0
               for split, images in IMAGES[dataset].items() for kind in ("ims.npy", "caps.txt")
               if not (folder / f"{split}_{kind}").is_file()}
     if not wanted:
         return
-    need, there = sum(wanted.values()), free_bytes(Path(root))
+    need, there = sum(wanted.values()), free_bytes(root)
     about = (f"SCAN's region features from kaggle.com/datasets/{HANDLE}, {human(need)}: 36 regions per image, as in "
              "the papers' tables, without boxes")
     try:

@@ -7,8 +7,6 @@
 Objects, twins and pictures come from `drawing.py`. The captions of twins share nearly all their words, so a bag of
 words cannot tell twins apart: a model has to match words with regions.
 """
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations, product

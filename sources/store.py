@@ -12,8 +12,6 @@ of change. A picture is looked up by name, size and time first, then by digest. 
 found again, and one that was edited is computed again. A line is written after its row of the arrays, and a row without
 a line does not count. So the store stays whole if the program is killed at any moment.
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import os

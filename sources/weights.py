@@ -1,6 +1,4 @@
 """Where the frozen networks of torchvision and their weights come from: a local file, or published weights."""
-from __future__ import annotations
-
 import hashlib
 import sys
 from collections.abc import Callable

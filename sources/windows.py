@@ -4,8 +4,6 @@ The papers take 36 regions of each picture from a frozen detector. Here `propose
 most from their surroundings, and `describe` turns the pixels of each into a feature vector. Most windows hold no
 object, as with a detector. Nothing is learnt, and only pixels are used: how a scene was drawn is not known here.
 """
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -367,14 +367,14 @@ def test_the_loss_of_each_model_knows_which_captions_share_an_image():
     images, texts = images._replace(plain=images.tokens.flip(2)), texts._replace(plain=texts.tokens)
     plain = losses.local_similarity(images.plain, images.mask, texts.plain, texts.mask, "mean")[row]
     want = user_loss + 2 * (coarse_nce + fine_nce + losses.info_nce(plain, 0.1, positives))
-    assert torch.isclose(losses.unified_loss(images, texts, row, keys, {"mu": 8.0}, **nce), want, rtol=1e-12)
+    assert torch.isclose(losses.unified_loss(images, texts, row, keys, mu=8.0, **nce), want, rtol=1e-12)
 
     teacher = [side._replace(globals=side.globals.flip(1), tokens=side.plain, plain=side.tokens)
                for side in (images, texts)]
     taught_by = (teacher[0].globals[row] @ teacher[1].globals.T, local, plain)  # the levels: globals, plain, fine
     want = user_loss + 2 * sum(losses.info_nce(level, 0.1, positives, by, 0.3) for level, by in zip(
         (coarse @ texts.globals.T, plain, local), taught_by, strict=True))
-    found = losses.unified_loss(images, texts, row, keys, {"mu": 8.0}, **nce, distill=0.3, teacher=teacher)
+    found = losses.unified_loss(images, texts, row, keys, mu=8.0, **nce, distill=0.3, teacher=teacher)
     assert torch.isclose(found, want, rtol=1e-12)
 
 

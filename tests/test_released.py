@@ -64,7 +64,7 @@ def test_what_is_not_a_checkpoint_of_tgdt_is_refused_by_name(tmp_path):
         torch.save({**whole, "config": config}, other)
         with pytest.raises(BadInput, match="other.pth.tar: expected a released TGDT checkpoint"):
             released.load_tgdt(other, BertConfig(**TINY_BERT))
-    with pytest.raises(ValueError, match=r"expected \[30522, 768\]"):  # the tiny BERT is not bert-base
+    with pytest.raises(ValueError, match=r"\[30522, 768\]"):  # the tiny BERT is not bert-base
         released.load_tgdt(PARITY / "tgdt_released_tiny.pth.tar")
 
 
@@ -143,7 +143,7 @@ def test_what_is_not_a_checkpoint_of_user_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="other.pth"):
         torch.save({"model": [{}, {}]}, tmp_path / "other.pth")
         released.load_user(tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="user_released_tiny.pth: has no bert.encoder.layer.2"):  # not bert-base
+    with pytest.raises(ValueError, match="user_released_tiny.pth: Missing.*bert.encoder.layer.2"):  # not bert-base
         released.load_user(PARITY / "user_released_tiny.pth")
     with pytest.raises(ValueError, match="none.pth: no such file"):
         released.load_user(tmp_path / "none.pth")

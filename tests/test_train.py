@@ -539,8 +539,8 @@ def test_the_settings_of_a_loss_reach_it(model, monkeypatch):
     infonce = vars(chosen.infonce) | {"teacher": "teacher"}
     assert calls == [{"tgdt": ("tgdt_loss", (), infonce | vars(chosen.cmc) | {"negatives": "mean"}),
                       "user": ("user_loss", ("keys",), infonce | vars(chosen.uto)),
-                      "tgdt-user": ("unified_loss", ("keys", vars(chosen.uto)),
-                                    infonce | {"reduction": chosen.cmc.reduction})}[model]]
+                      "tgdt-user": ("unified_loss", ("keys",),
+                                    infonce | vars(chosen.uto) | {"reduction": chosen.cmc.reduction})}[model]]
 
 
 def test_one_picture_is_too_few_to_train_on(flags, root, tmp_path, capsys):

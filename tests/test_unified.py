@@ -139,7 +139,7 @@ def test_the_share_of_the_fine_gradient_that_goes_below():
 def test_the_loss_reaches_every_weight():
     model = make_model().train()
     images, texts = encoded(model, make_batch())
-    losses.unified_loss(images, texts, torch.arange(3), None, {}).backward()
+    losses.unified_loss(images, texts, torch.arange(3), None).backward()
     unused = [name for name, weight in model.named_parameters() if weight.grad is None]
     assert unused == []
 
@@ -188,7 +188,7 @@ def test_the_momentum_copy_is_the_teacher():
     for weight in momentum.encoder.parameters():
         weight.data += 0.1
     sides, row = encoded(model, batch), batch["image_row"]
-    given = {"keys": None, "uto_settings": vars(chosen.uto), **vars(chosen.infonce)}
+    given = {"keys": None, **vars(chosen.uto), **vars(chosen.infonce)}
     want = losses.unified_loss(*sides, row, **given, teacher=encoded(momentum.encoder, batch))
     found = train.batch_loss(model, momentum, batch, chosen)
     assert torch.isclose(found, want, rtol=1e-5)
