@@ -4,8 +4,6 @@ Read beside TGDT, the part on two-stage inference, and both papers' experiments.
 global embeddings and keeps the best K of the corpus. Stage 2 sorts these K by global + weight x local. Both are exact:
 only what misses the shortlist is lost. An image searches captions, a caption images. docs/symbols.md has the symbols.
 """
-from __future__ import annotations
-
 if __name__ == "__main__":  # --help, a mistake in a flag and Ctrl-C need not wait for the slow imports below
     from harness import start
     start.first_look("retrieve")
@@ -33,8 +31,8 @@ class Embeddings:
     """N encoded images or captions.
 
     kind: "image" or "text".  globals: [N, D] unit length.  tokens: unit length, None for a model without fine tokens.
-    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long; tokens with
-    neither raise ValueError. They are held packed, without padding: item n has tokens[offsets[n] : offsets[n + 1]].
+    Give tokens padded, [N, T, D] with mask [N, T] bool, or packed, [total, D] with offsets [N + 1] long. They are held
+    packed, so item n has tokens[offsets[n] : offsets[n + 1]]. Raises ValueError if these do not fit together.
     """
 
     kind: str
@@ -44,15 +42,15 @@ class Embeddings:
     offsets: Tensor | None = None
 
     def __post_init__(self):
-        if self.tokens is not None and self.mask is None and self.offsets is None:
-            raise ValueError("tokens need a mask if they are padded, or offsets if they are packed: got neither")
         if self.tokens is not None and self.mask is not None:
             self.tokens, self.offsets, self.mask = self.tokens[self.mask.bool()], offsets_of(self.mask.sum(1)), None
+        if self.tokens is not None and (self.offsets is None or len(self.offsets) != len(self) + 1):
+            raise ValueError(f"tokens need a mask if padded, or offsets if packed, for each of the {len(self)} items")
 
     def __len__(self) -> int:
         return len(self.globals)
 
-    def __getitem__(self, items: slice | Tensor) -> Embeddings:
+    def __getitem__(self, items: slice | Tensor) -> "Embeddings":
         if self.tokens is None:
             return Embeddings(self.kind, self.globals[items])
         which = torch.arange(len(self), device=self.offsets.device)[items]
@@ -78,7 +76,7 @@ class Embeddings:
         tokens = torch.nn.utils.rnn.pad_sequence(list(self.tokens.split(lengths.tolist())), batch_first=True)
         return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Embeddings:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Embeddings":
         """On another device, or with tokens of another type; the globals stay float32."""
         whole = Embeddings(self.kind, self.globals.to(device))
         if self.tokens is not None:
@@ -101,7 +99,7 @@ def encode(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], kind
     model.eval()
     encode_batch = model.encode_images if kind == "image" else model.encode_texts
     parts, order = [], []
-    with tqdm(total=count, desc=f"encode {kind}s", unit=kind, leave=False, delay=2) as bar:
+    with tqdm(total=count, desc=f"encode {kind}s", unit=kind, leave=False, delay=2, disable=None) as bar:
         for batch in batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -187,7 +185,7 @@ def local_matrix(images: Embeddings, texts: Embeddings, reduction: str = "sum") 
     """The local similarity of every image with every caption, [images, captions], in blocks of captions."""
     regions, region_mask = images.to(dtype=texts.tokens.dtype).padded()
     step = max(1, BLOCK // (region_mask.numel() * max(1, len(texts.tokens) // len(texts))))
-    blocks = tqdm(range(0, len(texts), step), desc="exhaustive local", unit="block", leave=False, delay=2)
+    blocks = tqdm(range(0, len(texts), step), desc="exhaustive local", unit="block", leave=False, delay=2, disable=None)
     return torch.cat([losses.local_similarity(regions, region_mask, *texts[start : start + step].padded(), reduction)
                       for start in blocks], 1)
 
@@ -199,8 +197,9 @@ def ranks(scores: Tensor, query_image: Tensor, corpus_image: Tensor) -> Tensor:
     """The rank of the best right answer of each query, 1 is first; [Q] long.
 
     scores [Q, N]. query_image [Q] and corpus_image, [N] or [Q, N], say which image a row belongs to; an answer is right
-    if they agree. Among equal scores the right answer ranks last, so a constant similarity scores nothing. A NaN never
-    helps: a right answer that is NaN ranks last, and a wrong one counts as better. Raises ValueError if shapes differ.
+    if they agree; without one the rank is N + 1. Among equal scores the right answer ranks last, so a constant
+    similarity scores nothing. A NaN never helps: a right answer that is NaN ranks last, and a wrong one counts as
+    better. Raises ValueError if shapes differ.
     """
     right = query_image[:, None] == corpus_image
     if right.shape != scores.shape:

@@ -22,14 +22,35 @@ def first_look(given: dict, options: Namespace) -> None:
     settings = settings_.make(given)
     dataset, root = settings.run.dataset, data_root(settings)
     features = dataset == "scenes" or dataset in fetch.SOURCES and layouts.has_features(dataset, root)
-    useless = dict.fromkeys(settings_.WITHOUT[settings.run.model].split(), f"--model {settings.run.model}")
-    if features and settings.pictures.regions in ("auto", "files"):
-        useless |= dict.fromkeys(settings_.OF_PICTURES.split(), "features that are computed already")
-    for name, why in useless.items():
+    computed = features and settings.pictures.regions in ("auto", "files")
+    for name, why in without_effect(settings, computed).items():
         if given[name] is not None:
             print(f"warning: {settings_.flag(name)} has no effect with {why}", file=sys.stderr)
     if dataset in fetch.SOURCES and not options.print_settings and are_wanted(settings, root, features):
         fetch.check_network(dataset, root)
+
+
+def without_effect(settings: Settings, computed: bool) -> dict[str, str]:
+    """Setting -> what makes it useless beside the others. computed: the regions' features are there already."""
+    run, guide, regions = settings.run, settings.enhancement.guide, settings.pictures.regions
+    copy = settings.momentum.keep == "momentum" or run.model != "tgdt" and settings.momentum.queue > 0
+    found = {}
+    for useless, why, names in (
+        (run.dataset != "folder", f"--dataset {run.dataset}", "split_seed"),
+        ("clip" not in (guide, regions), f"--guide {guide} and --regions {regions}", "clip_model"),
+        (regions == "clip", "--regions clip", "boxes region_network region_weights picture_side"),
+        (computed, "features that are computed already",
+         "boxes region_network region_weights picture_side feature_dtype"),
+        (guide != "self", f"--guide {guide}", "guide_dropout"),
+        (guide == "none", "--guide none", "sharpness"),
+        (settings.infonce.infonce_weight == 0, "--infonce-weight 0", "temperature"),
+        (not copy, "--keep model" + (" and --queue 0" if run.model != "tgdt" else ""), "momentum"),
+        (settings.training.schedule != "step", f"--schedule {settings.training.schedule}", "drop_every"),
+        (True, f"--model {run.model}", settings_.WITHOUT[run.model]),
+    ):
+        if useless:
+            found |= dict.fromkeys(names.split(), why)
+    return found
 
 
 def find_data(settings: Settings, check: bool, quiet: bool) -> None:
@@ -41,7 +62,7 @@ def find_data(settings: Settings, check: bool, quiet: bool) -> None:
     """
     dataset = settings.run.dataset
     if dataset not in fetch.SOURCES:
-        if check:
+        if check and settings.text.text_encoder == "from-scratch":
             raise BadInput(f"--fetch-only: --dataset {dataset} has nothing to fetch")
         if dataset == "scenes" and settings.run.data_root:
             raise BadInput(f"--data-root {settings.run.data_root}: the built-in scenes have no files; give --dataset "

@@ -208,7 +208,7 @@ def found_images(split: data.Split, caption: str, rows: list[int], path: Path) -
         name = split.image_names[row]
         name = name if len(name) <= 28 else f"{name[:10]}...{name[-15:]}"
         axis.set_title(f"{place}. {name}", fontsize=8, parse_math=False)
-    figure.suptitle(textwrap.fill(caption, 22 * len(rows)), fontsize=11, parse_math=False)
+    figure.suptitle(textwrap.fill(caption[:300], 22 * len(rows)), fontsize=11, parse_math=False)
     save(figure, path)
 
 

@@ -89,7 +89,7 @@ def not_empty(text: str) -> str:
 
 def path(text: str) -> Path:
     """A flag's file or folder."""
-    return Path(not_empty(text))
+    return Path(not_empty(text)).expanduser()
 
 
 def whole(lowest: int, highest: int) -> Callable[[str], int]:
@@ -156,8 +156,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict, argparse.Namespace]:
     options = parser(shown).parse_args(argv)
     given = {name: vars(options).pop(name) for name in settings.FIELDS}
     for name in ("data_root", "cache", "text_encoder", "clip_model", "region_weights"):
-        if given[name] and (name in ("data_root", "cache") or os.path.exists(given[name])):
-            given[name] = os.path.abspath(given[name])
+        if given[name] and (name in ("data_root", "cache") or os.path.exists(os.path.expanduser(given[name]))):
+            given[name] = os.path.abspath(os.path.expanduser(given[name]))
     return given, options
 
 
@@ -184,9 +184,9 @@ def search_parser() -> Parser:
     shared.add_argument("--split", choices=("train", "val", "test"),
                         help="which split (default test, val where there is none)")
     shared.add_argument("--data-root", type=path, metavar="DIR", help="folder of the data, if it has moved")
-    shared.add_argument("--region-weights", metavar="FILE",
+    shared.add_argument("--region-weights", type=not_empty, metavar="FILE",
                         help="weights of the network for regions, if they have moved")
-    shared.add_argument("--clip-model", metavar="FOLDER", help="the CLIP, if it has moved")
+    shared.add_argument("--clip-model", type=not_empty, metavar="FOLDER", help="the CLIP, if it has moved")
     shared.add_argument("--cache", type=path, metavar="DIR", help="folder of computed features, if it has moved")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
     shared.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
@@ -218,10 +218,11 @@ def search_parser() -> Parser:
     query.add_argument("caption", nargs="?", help="a caption to find pictures for")
     query.add_argument("--queries", type=path, metavar="FILE",
                        help="a file of captions, one on each line; - reads standard input")
-    query.add_argument("--image", metavar="FILE",
+    query.add_argument("--image", type=not_empty, metavar="FILE",
                        help="a picture to find captions for: one of the split's, by name or row; or, for a run that "
                        "was trained on pictures or on scenes, any file")
-    three.add_argument("--top", type=whole(1, 1_000_000), default=5, metavar="N", help="how many to show (default 5)")
+    three.add_argument("--top", type=whole(1, 1_000_000), default=5, metavar="N",
+                       help="how many to show (default 5); if these are more than the shortlist, it gets as long")
     three.add_argument("--json", action="store_true", help="one line of JSON per query, for programs")
     three.add_argument("--save", type=path, metavar="PICTURE.png", help="draw what was found, at most 20 pictures")
     three.add_argument("--from-run", type=path, metavar="RUN", help="run folder of the index, if it has moved")

@@ -21,7 +21,7 @@ from sources.features import Stored
 from sources.files import BadInput, explained, read_weights
 
 PARTS = ("settings.json", "checkpoint.pt", "best.pt", "tokenizer", "history.jsonl", "metrics.json", "curves.png",
-         "retrieval.png", "alignment.png", "guide.png")  # of a run folder
+         "retrieval.png", "alignment.png", "guide.png", "manifest.json")  # of a run folder, and of an index
 # What every checkpoint of ours holds.
 CHECKPOINT = {"settings": dict, "feature_dim": int, "seen": dict, "bert": dict, "train_data": str, "model": dict,
               "epoch": int}

@@ -114,6 +114,12 @@ def warn_of_unknown(words: list[np.ndarray], tokenizer: BertTokenizer) -> None:
         print(f"warning: the text encoder does not know {unknown:,} of {len(pieces):,} word pieces", file=sys.stderr)
 
 
+def warn_of_long(words: list[np.ndarray], longest: int) -> None:
+    """Say on standard error if a query is as long as the longest caption that is read, for its end may be cut off."""
+    if any(len(ids) == longest for ids in words):
+        print(f"warning: only the first {longest - 2} word pieces of a caption are read", file=sys.stderr)
+
+
 def gpu_fault() -> str:
     """Why PyTorch cannot compute on a GPU here; nothing if it can."""
     if not torch.cuda.is_available():

@@ -148,7 +148,8 @@ def fetch_models(settings: Settings) -> None:
     default grid are both fetched. Raises BadInput if something cannot be had.
     """
     models.text_encoder(settings)
-    of, features = settings.pictures, layouts.has_features(settings.run.dataset, Path(settings.run.data_root))
+    dataset, root, of = settings.run.dataset, settings.run.data_root, settings.pictures
+    features = dataset == "scenes" or bool(root) and layouts.has_features(dataset, Path(root))
     kinds = [] if of.regions == "files" or of.regions == "auto" and features else [of.regions]
     if kinds == ["auto"]:
         named = of.region_network or of.region_weights

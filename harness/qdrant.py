@@ -61,13 +61,14 @@ def connect(address: str) -> Connection:
         url = urlsplit(address)
         port = url.port or 6333
     except ValueError as error:  # not a host, or not a port
-        raise BadInput(f"{address.rpartition('@')[2]}: expected qdrant://HOST:PORT/NAME ({error})") from None
+        raise BadInput(f"{address.rpartition('@')[2]}: expected qdrant://HOST:PORT/NAME or qdrant:FOLDER "
+                       f"({error})") from None
     if address.startswith("qdrant:") and not address.startswith("qdrant://") and url.path:
         return Connection(address, Embedded(Path(address.removeprefix("qdrant:"))))
     name, key = url.path.strip("/"), os.environ.get("QDRANT_API_KEY")
     if "@" in url.netloc or not url.hostname or not name or "/" in name:
-        raise BadInput(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}: expected qdrant://HOST:PORT/NAME; "
-                       "put a key into QDRANT_API_KEY")
+        raise BadInput(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}: expected qdrant://HOST:PORT/NAME "
+                       "or qdrant:FOLDER; put a key into QDRANT_API_KEY")
     host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname  # an IPv6 address
     first, client = (QdrantClient(host=host, port=port, https=url.scheme == "qdrants", api_key=key,
                                   timeout=seconds, check_compatibility=False) for seconds in (5, 120))

@@ -77,7 +77,7 @@ def open_side(place: Path | str, args: argparse.Namespace) -> Side:
     if split == "images":  # an index of a folder of pictures
         settings = settings_.from_flat(settings_.flat(run.settings) | {
             "data_root": str(args.data_root or opened.manifest["data"]), "skip_bad": True,
-            "cache": f"{place.resolve()}.cache"})
+            "cache": str(args.cache or f"{place.resolve()}.cache")})
         run.split, run.words = pictures.of_folder(settings, where, run.device, args.workers, run.seen), []
     if opened:
         searching.check_content(place, opened, run.split)
@@ -91,7 +91,7 @@ def ask_caption(side: Side, text: str) -> Query:
     if not text:
         raise BadInput("The caption is empty. Write what the picture should show.")
     if len(text) > LONGEST:
-        raise BadInput(f"The caption has {len(text):,} characters, at most {LONGEST:,} are read.")
+        raise BadInput(f"The caption has {len(text):,} characters. Write at most {LONGEST:,}.")
     split = side.run.split
     right = {int(image) for image, caption in zip(split.image_of, split.captions, strict=True) if caption == text}
     return Query(side.run.texts([text]), right, pieces_of(side, text))

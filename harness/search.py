@@ -212,6 +212,7 @@ def run_search(args: argparse.Namespace) -> None:
     else:
         words = data.tokenize(captions, run.tokenizer, run.settings.text.longest)  # names a bad one before any answer
         models.warn_of_unknown(words, run.tokenizer)
+        models.warn_of_long(words, run.settings.text.longest)
         blocks = range(0, len(captions), QUERIES)
         for start in tqdm(blocks, desc="search", unit=f"{QUERIES} queries", disable=len(blocks) == 1):
             asked = captions[start : start + QUERIES]

@@ -199,7 +199,6 @@ WITHOUT = {  # settings that have no effect with a model (it refuses --guide, if
             "local_weight reduction easy_epochs captions_shortlist images_shortlist",
     "tgdt-user": "region_width region_layers global_layers margin intra_margin easy_epochs",
 }
-OF_PICTURES = "boxes region_network region_weights picture_side feature_dtype"  # which files of features do without
 
 
 def check_value(name: str, value: object) -> None:

@@ -196,8 +196,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     Raises BadInput if data, a text encoder, a CLIP, a checkpoint or a folder cannot be used.
     """
     if pieces > 1 and settings.run.model != "tgdt":
-        raise BadInput(f"--pieces {pieces}: only --model tgdt can be trained in pieces; the BatchNorm of --model "
-                       f"{settings.run.model} takes its statistics from the whole batch")
+        raise BadInput(f"--pieces {pieces}: only for --model tgdt; the BatchNorm of --model {settings.run.model} takes "
+                       "its statistics from the whole batch")
     where, precision = models.resolve(device, settings.run.precision)
     torch.manual_seed(settings.run.seed)
     last = folder.last_checkpoint(out, settings) if resume else None
@@ -213,6 +213,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     bert, tokenizer = folder.text_encoder(out / "checkpoint.pt", last) if known else models.text_encoder(settings)
     if torchrun.number() == 0 and not last:  # before the features, which take long, so that --resume works
         settings_.write(out / "settings.json", settings)
+    words_of = partial(data.tokenize, tokenizer=tokenizer, longest=settings.text.longest)
+    words = {name: words_of(split.captions) for name, split in splits.items()}  # a bad caption is found first
     seen = pictures.prepare(splits, settings, out, where, workers, last and last["seen"])
     inputs = {"feature_dim": splits["train"].features.dim, "seen": seen, "bert": bert.config.to_dict()}
     inputs |= {f"{name}_data": folder.fingerprint(splits[name]) for name in ("train", "val")}
@@ -223,7 +225,8 @@ def set_up(settings: Settings, out: Path, device: str = "auto", resume: bool = F
     queue = of.queue if settings.run.model != "tgdt" else 0
     if queue or of.keep == "momentum":
         momentum = MomentumContrast(model, settings.architecture.dim, queue, of.momentum, warm=True).to(where)
-    words = {name: data.tokenize(split.captions, tokenizer, settings.text.longest) for name, split in splits.items()}
+    words |= {name: words_of(split.captions) for name, split in splits.items()
+              if len(split.captions) < len(words[name])}  # pictures were left out, by --skip-bad
     if torchrun.number() == 0:
         models.warn(splits, words, tokenizer)
     if torchrun.number() == 0 and not known:
@@ -241,23 +244,22 @@ def main(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
 
 def command(train: Callable[[Run], bool], given: dict, options: Namespace) -> int:
     # With --resume, the run's own settings count. Until they are read, only its folder has to be known.
-    named = ("dataset", "model") if options.resume and not (options.print_settings or options.fetch_only) else given
-    settings = settings_.make({name: given[name] for name in named})
+    settings = settings_.make({name: given[name] for name in (("dataset", "model") if options.resume else given)})
+    out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
+    if options.resume:
+        settings = folder.resumed_settings(out, given)
     if options.print_settings:
         print(json.dumps(asdict(settings), indent=2))
         return 0
     if options.fetch_only:
         fetching.find_data(settings, True, options.quiet)
         pictures.fetch_models(settings)
-        print(f"{settings.run.dataset} is complete in {settings.run.data_root}")
+        print(f"{settings.run.dataset} is complete: all that had to be fetched is here")
         return 0
-    out = options.out or Path("runs") / f"{settings.run.dataset}-{settings.run.model}"
     with torchrun.started(options.device), locked(out) if torchrun.number() == 0 else nullcontext():
         first, quiet = torchrun.number() == 0, options.quiet or torchrun.number() > 0
-        if options.resume:
-            settings = folder.resumed_settings(out, given)
-        elif first and (found := [name for name in folder.PARTS if (out / name).exists()]):
-            raise BadInput(f"{out} already holds a run's {found[0]}: go on by --resume, or give another --out")
+        if first and not options.resume and (found := [name for name in folder.PARTS if (out / name).exists()]):
+            raise BadInput(f"{out} already holds a run or an index ({found[0]}): take --resume, or another --out")
         try:
             with torchrun.first_alone():  # it fetches and computes; the others then find it done
                 if settings.pictures.cache:

@@ -102,3 +102,7 @@ def test_fetch_only_brings_every_network_that_the_training_may_take(root, tmp_pa
         brought.clear()
         pictures.fetch_models(settings.make({"dataset": "flickr8k", "data_root": str(folder)} | more))
         assert brought == expected
+    brought.clear()
+    assert train.main(["--dataset", "folder", "--data-root", str(tmp_path), "--fetch-only"]) == 0
+    assert train.main(["--text-encoder", "bert-base-uncased", "--fetch-only"]) == 0  # the scenes have their features
+    assert brought == ["text", "detector", "grid", "text"]

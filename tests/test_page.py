@@ -1,5 +1,6 @@
 """What the page computes and writes: queries, lists, lights, HTML. Gradio is not needed, tests/browser.py uses it."""
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,10 @@ def test_an_index_of_pictures_takes_captions(side, tmp_path):
     query = queries.ask_caption(opened, "a red star")
     html = markup.draw(opened, query, queries.Click(-1, 1, "red"), 100, 10.0)
     assert html.count("<img") == 8 and "white frame" in html and "captions" not in markup.heading(opened)
+    elsewhere = Namespace(**vars(OPTIONS) | {"cache": tmp_path / "elsewhere"})
+    (tmp_path / "index.cache").rename(elsewhere.cache)
+    queries.open_side(out, elsewhere)
+    assert not (tmp_path / "index.cache").exists()
     (tmp_path / "mine" / "3.png").unlink()
     with pytest.raises(BadInput, match="make the index again"):
         queries.open_side(out, OPTIONS)

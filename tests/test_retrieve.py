@@ -134,6 +134,9 @@ def test_padded_tokens_are_held_packed():
     assert torch.equal(part.tokens, torch.cat([tokens[row][mask[row]] for row in (4, 2, 2)]))
     assert part.offsets.diff().tolist() == [int(mask[row].sum()) for row in (4, 2, 2)]
     assert torch.equal(given[1:3].tokens, given[torch.tensor([1, 2])].tokens)
+    for fits_not in ({}, {"mask": mask[:4]}, {"offsets": given.offsets[:-1]}):
+        with pytest.raises(ValueError, match="for each of the 5 items"):
+            Embeddings("text", given.globals, tokens[:4] if "mask" in fits_not else tokens, **fits_not)
 
 
 def test_one_query_no_corpus_no_tokens(corpus):
@@ -159,7 +162,7 @@ def test_one_query_no_corpus_no_tokens(corpus):
         for queries in (texts, texts[:2]):
             with pytest.raises(ValueError, match='"sum" or "mean", not \'median\''):
                 search(queries, images, 4, reduction="median")
-    with pytest.raises(ValueError, match="mask if they are padded"):
+    with pytest.raises(ValueError, match="mask if padded"):
         Embeddings("image", images.globals, images.padded()[0])
 
 
@@ -215,6 +218,7 @@ def test_ranks_by_hand():
     image_of, rows = torch.tensor([0, 0, 1, 1]), torch.arange(2)
     assert retrieve.ranks(similarity, rows, image_of).tolist() == [2, 1]
     assert retrieve.ranks(similarity.T, image_of, rows).tolist() == [2, 1, 2, 1]
+    assert retrieve.ranks(similarity, rows + 7, image_of).tolist() == [5, 5]  # no caption belongs to images 7 and 8
     out = retrieve.recall(similarity, image_of)
     assert out["i2t"] == {"r1": 50.0, "r5": 100.0, "r10": 100.0, "median_rank": 1.5, "mean_rank": 1.5}
     assert out["rsum"] == pytest.approx(500.0)

@@ -43,6 +43,9 @@ def test_an_index_answers_as_its_run_does(flags, tmp_path, capsys, model, monkey
     assert retrieve.main(["search", out, "--queries", str(captions), "--json", "--top", "2"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["query"] for line in lines] == ["a red dog", "a small ball"]
+    captions.write_text("a red dog\n" + "a red dog " * 30)
+    assert retrieve.main(["search", out, "--queries", str(captions), "--top", "2"]) == 0
+    assert "warning: only the first 62 word pieces of a caption are read\n" in capsys.readouterr().err
     captions.write_text("a red dog\n\u200b\n")  # an empty caption, found before the first one is answered
     capsys.readouterr()
     assert retrieve.main(["search", out, "--queries", str(captions)]) == 2

@@ -217,6 +217,18 @@ def test_a_flag_without_effect_is_warned_of(capsys):
     given, options = flags.parse(["--boxes", "49"])
     fetching.first_look(given, options)
     assert capsys.readouterr().err == "warning: --boxes has no effect with features that are computed already\n"
+    idle = {"--split-seed": "1", "--clip-model": "x", "--temperature": "2", "--drop-every": "3", "--momentum": "0.5",
+            "--guide-dropout": "0", "--sharpness": "2"}
+    alone = ["--keep", "model", "--schedule", "linear", "--infonce-weight", "0"]
+    given, options = flags.parse([*alone, *(word for pair in idle.items() for word in pair)])
+    fetching.first_look(given, options)
+    said = capsys.readouterr().err.splitlines()
+    assert {line.split()[1] for line in said} == {*idle} and "warning: --drop-every has no effect with --schedule " \
+        "linear" in said and "warning: --momentum has no effect with --keep model" in said
+    needed = ["--schedule", "step", "--infonce-weight", "1", "--model", "user", "--guide", "self"]
+    given, options = flags.parse([*needed, *(word for name in list(idle)[2:] for word in (name, idle[name]))])
+    fetching.first_look(given, options)
+    assert capsys.readouterr().err == ""
     given, options = flags.parse(["--queue", "512", "--model", "user", "--regions", "grid", "--boxes", "49"])
     fetching.first_look(given, options)
     assert capsys.readouterr().err == ""

@@ -19,9 +19,10 @@ import retrieve
 import tgdt
 import train
 import user
-from harness import console, folder, models, report, settings, training
+from harness import console, folder, models, pictures, report, settings, training
 from harness import flags as cli
 from sources import files
+from sources.files import BadInput
 
 
 def weights(out: Path, name: str = "checkpoint.pt") -> dict[str, torch.Tensor]:
@@ -326,12 +327,31 @@ def test_a_folder_that_holds_a_run_is_not_written_over(flags, tmp_path, capsys):
     refused([*flags, "--resume"], capsys, "settings.json")
 
 
-@pytest.mark.parametrize("name", ["tokenizer/mine.txt", "metrics.json", "guide.png"])
+@pytest.mark.parametrize("name", ["tokenizer/mine.txt", "metrics.json", "guide.png", "manifest.json"])
 def test_files_of_somebody_else_are_left_alone(flags, tmp_path, capsys, name):
     mine = tmp_path / "run" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     refused(flags, capsys, "already holds a run")  # compares the folder before and after
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_resume_prints_the_settings_of_its_run(flags, tmp_path, capsys):
+    resume = ["--resume", "--print-settings", "--out"]
+    assert train.main([*resume, str(tmp_path / "none")]) == 2 and "no run here" in capsys.readouterr().err
+    assert train.main([*flags, "--epochs", "1", "--lr", "0.003"]) == 0
+    capsys.readouterr()
+    assert train.main([*resume, str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "settings.json").read_text())
+
+
+def test_a_caption_without_a_word_is_found_before_the_pass_over_the_pictures(flags, tmp_path, capsys, monkeypatch):
+    def refuse(captions, tokenizer, longest):
+        raise BadInput("the tokenizer finds no word in it")
+
+    monkeypatch.setattr(data, "tokenize", refuse)
+    monkeypatch.setattr(pictures, "prepare", lambda *given: pytest.fail("looked at the pictures"))
+    refused(flags, capsys, "finds no word")
 
 
 @pytest.mark.usefixtures("undrawn")
