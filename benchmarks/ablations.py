@@ -206,9 +206,14 @@ def add_results(new: list[dict]) -> None:
 
 
 def by_seed(rows: list[dict], budget: str, arm: str, search: str) -> dict[int, dict]:
-    """The row of each seed of an arm, searched in one way."""
-    return {int(row["seed"]): row for row in rows
-            if (row["budget"], row["arm"], row["search"]) == (budget, arm, search)}
+    """The row of each seed of an arm, searched in one way.
+
+    "arm: epoch 6" also takes that epoch from runs of "arm, --epochs N": at a constant rate the length of a run changes
+    nothing in its first epochs. If a seed has several such runs, the last one in the file counts.
+    """
+    found = [row for row in rows if (row["budget"], row["search"]) == (budget, search)]
+    shorter = re.compile(re.escape(arm) + "(, --epochs [0-9]+)?" * search.startswith("epoch "))
+    return {int(row["seed"]): row for row in found if shorter.fullmatch(row["arm"])}
 
 
 # ----------------------------------------------------------------------------------------------------------- tables

@@ -548,12 +548,16 @@ OURS = {  # what we do otherwise than the released code, or have tried
     "five captions of an image in a batch, or one": (
         "user, no guide, averaged", "user, no guide, averaged, one caption an image"),
     "GPO starts as the mean, or at random": ("user, no guide, averaged, mean first", "user, no guide, averaged"),
-    "GPO starts as the mean, or at random; BERT fine-tuned, after three of nine epochs": (
-        "user, mean first, --epochs 3: epoch 3", "user: epoch 3"),
+    "GPO starts as the mean, or at random; BERT fine-tuned, after three epochs": (
+        "user, mean first: epoch 3", "user: epoch 3"),
+    "GPO starts as the mean, or at random; BERT fine-tuned, after six epochs": (
+        "user, mean first: epoch 6", "user: epoch 6"),
     "GPO's score learnt at a tenth of the rate, or not; BERT fine-tuned": ("user, slow pooling", "user"),
     "GPO at a temperature of 1, or of 0.1; BERT fine-tuned": ("user, broad pooling", "user"),
-    "GPO at a temperature of 1, or of 0.1; BERT fine-tuned, after six of nine epochs": (
-        "user, broad pooling, --epochs 6: epoch 6", "user: epoch 6"),
+    "GPO at a temperature of 1, or of 0.1; BERT fine-tuned, after six epochs": (
+        "user, broad pooling: epoch 6", "user: epoch 6"),
+    "GPO with its entropy in the loss, or without; BERT fine-tuned, after six epochs": (
+        "user, entropy: epoch 6", "user: epoch 6"),
     "GPO with its entropy in the loss, or without; BERT fine-tuned": ("user, entropy", "user"),
     "the mean in place of GPO, or GPO": ("user, no guide, averaged, mean pooling", "user, no guide, averaged"),
     "GPO at a temperature of 1, or of 0.1": ("user, no guide, averaged, broad pooling", "user, no guide, averaged"),

@@ -55,6 +55,14 @@ def test_every_result_is_of_an_arm_and_every_table_prints(capsys):
     assert "| the unified model, or TGDT |" in capsys.readouterr().out
 
 
+def test_an_epoch_is_taken_from_runs_of_any_length():
+    rows = [dict(zip(("budget", "arm", "seed", "search"), ("b", *each), strict=True)) for each in (
+        ("user", "0", "epoch 2"), ("user, --epochs 3", "1", "epoch 2"), ("user, --epochs 6", "1", "epoch 2"),
+        ("user, --epochs 6", "2", "epoch 3"), ("user, InfoNCE", "3", "epoch 2"), ("user, --epochs 6", "4", "global"))]
+    assert ablations.by_seed(rows, "b", "user", "epoch 2") == {0: rows[0], 1: rows[2]}
+    assert ablations.by_seed(rows, "b", "user", "global") == {}  # where a run ends, its length matters
+
+
 def test_the_claims_in_the_documentation_are_those_that_the_script_prints(capsys):
     ablations.main(["table"])
     printed = set(capsys.readouterr().out.splitlines())
