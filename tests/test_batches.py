@@ -267,3 +267,9 @@ def test_a_changed_word_may_become_any_ordinary_piece(pieces):
 def test_a_piece_with_number_0_is_a_word_too():
     assert data.pad([np.array([2, 0, 3], np.int32), np.array([2, 3], np.int32)])["word_mask"].tolist() == [
         [True, True, True], [True, True, False]]
+
+
+def test_image_batches_of_some_images(pairs):
+    batches = list(data.image_batches(pairs[0], 2, np.array([2, 0])))
+    assert [batch["image_index"].tolist() for batch in batches] == [[2, 0]]
+    assert batches[0]["region_mask"].sum(1).tolist() == [5, 2] and batches[0]["regions"][:, 0, 0].tolist() == [2, 0]

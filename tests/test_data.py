@@ -46,3 +46,8 @@ def test_the_splits_of_one_s_own_pictures_are_drawn_by_the_seed(tmp_path):
     first, again, other = ({name: split.image_names for name, split in
                             data.load("folder", tmp_path, split_seed=seed).items()} for seed in (0, 0, 1))
     assert first == again != other
+
+
+def test_an_image_is_found_by_its_name_before_its_row():
+    split = data.Split("val", [], np.array([]), None, ["1", "0", "b.jpg"], [None] * 3)
+    assert [split.row_of(name) for name in ("0", "1", "2", "b.jpg", "3", "-1")] == [1, 0, 2, 2, None, None]

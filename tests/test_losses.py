@@ -385,3 +385,16 @@ def test_the_words_of_half_precision_are_summed_in_float32(dtype):
     found = losses.local_similarity(regions, masks[0], words, masks[1])
     best = torch.stack([(r @ w.T).amax(0) for r in regions for w in words]).float().sum(1).view(2, 2)
     assert found.dtype == torch.float32 and torch.allclose(found, best, atol=1e-5)
+
+
+def test_the_reduction_is_that_of_the_model_and_of_its_teacher():
+    images, texts, row = encoded(2, 4, seed=0), encoded(3, 5, seed=7), torch.tensor([1, 0, 1])
+    teacher, positives = images._replace(tokens=images.tokens.flip(2)), row[:, None] == row
+    coarse = images.globals[row] @ texts.globals.T
+    ours, taught = (losses.local_similarity(of.tokens, of.mask, texts.tokens, texts.mask, "sum")[row]
+                    for of in (images, teacher))
+    want = (losses.user_loss(images, texts, row) + losses.info_nce(coarse, 0.1, positives, coarse, 0.3)
+            + losses.info_nce(ours, 0.1, positives, taught, 0.3))
+    found = losses.unified_loss(images, texts, row, temperature=0.1, reduction="sum", distill=0.3,
+                                teacher=(teacher, texts))
+    assert torch.isclose(found, want, rtol=1e-12)

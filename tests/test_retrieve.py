@@ -304,3 +304,20 @@ def test_the_last_of_a_shortlist_may_become_the_first():
     ranks = retrieve.shortlist_ranks(torch.tensor([[7, 3]]), torch.tensor([[0.9, 0.8]]), torch.tensor([7]),
                                      torch.arange(10), torch.tensor([2]))
     assert ranks.tolist() == [1]
+
+
+def test_images_come_back_in_their_own_order():
+    class Rows(torch.nn.Module):
+        def encode_images(self, batch: dict) -> tgdt.Encoded:
+            return tgdt.Encoded(batch["image_index"].float()[:, None], None, None)
+
+    batches = [{"image_index": torch.tensor(rows)} for rows in ([4, 1], [3, 0], [2])]
+    assert retrieve.encode(Rows(), batches, "image", 5).globals.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_among_equal_scores_the_order_of_stage_1_stands():
+    """Two captions, the better of stage 1 as much worse in stage 2."""
+    one = torch.ones(1, 1, dtype=torch.bool)
+    image = Embeddings("image", torch.tensor([[1.0]]), torch.tensor([[[1.0]]]), one)
+    texts = Embeddings("text", torch.tensor([[0.25], [0.5]]), torch.tensor([[[0.5]], [[0.25]]]), one.expand(2, 1))
+    assert retrieve.search(image, texts, 2, 1.0)[0].tolist() == [[1, 0]]

@@ -102,3 +102,12 @@ def test_a_released_image_token_has_no_feature_and_no_box():
     slots, mask = encoder(batch["regions"], batch["boxes"], batch["region_mask"])
     assert seen[0][:, 0].abs().max() == 0
     assert mask[:, 0].all() and torch.equal(mask[:, 1:], batch["region_mask"])
+
+
+def test_the_local_loss_trains_every_part_below_it(model):
+    images, texts = model.encode_images(make_batch()), model.encode_texts(make_batch())
+    model.zero_grad()
+    losses.hinge(losses.local_similarity(images.tokens, images.mask, texts.tokens, texts.mask), margin=9.0).backward()
+    for part in (model.bert.encoder, model.text_branch.local_encoder,
+                 model.region_encoder, model.image_branch.local_encoder):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters() if p.ndim > 1)

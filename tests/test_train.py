@@ -463,7 +463,7 @@ def test_the_loss_of_a_batch_with_queues_by_hand(model_name, bert):
     earlier = torch.nn.functional.normalize(torch.randn(2, 6, 8, generator=g), dim=-1)
     owners = torch.tensor([[9, 1, 7, 2, 0, 3], [0, 9, 4, 4, 1, 6]])  # of the keys of images, and of those of captions
     momentum.enqueue(earlier[0], earlier[1], owners[0], owners[1])
-    row, image_index = torch.tensor([0, 1, 1, 2]), torch.tensor([7, 9, 9, 1])
+    row, image_index = torch.tensor([1, 0, 2, 1]), torch.tensor([9, 7, 1, 9])
     batch = {"regions": torch.randn(3, 2, 6, generator=g), "region_mask": torch.ones(3, 2, dtype=torch.bool),
              "boxes": torch.rand(3, 2, 4, generator=g), "word_ids": torch.randint(5, 9, (4, 5), generator=g),
              "word_mask": torch.ones(4, 5, dtype=torch.bool), "image_row": row, "image_index": image_index}
@@ -480,7 +480,7 @@ def test_the_loss_of_a_batch_with_queues_by_hand(model_name, bert):
     assert torch.allclose(train.batch_loss(model, momentum, batch, chosen), want, atol=1e-5)
     # Then the new keys come in: two in the empty places, the others in those of the oldest.
     assert momentum.image_queue.owner.tolist() == [1, 1, 7, 2, 0, 3, 7, 9]
-    assert momentum.text_queue.owner.tolist() == [9, 1, 4, 4, 1, 6, 7, 9]
+    assert momentum.text_queue.owner.tolist() == [1, 9, 4, 4, 1, 6, 9, 7]
     assert torch.allclose(momentum.image_queue.keys[[6, 7, 0]], its[0].globals, atol=1e-6)
     assert torch.allclose(momentum.text_queue.keys[[6, 7, 0, 1]], its[1].globals, atol=1e-6)
 
@@ -597,9 +597,44 @@ def test_searching_what_is_not_there_ends_in_one_line(tmp_path, capsys):
         assert message.count("\n") == 1 and said in message
 
 
-def test_the_copy_encodes_in_the_precision_of_the_model(monkeypatch):
+def test_the_copy_encodes_in_the_model_s_precision_and_no_fine_level_for_the_queues(monkeypatch):
     chosen, seen = settings.make({"model": "user"}), []
-    monkeypatch.setattr(train, "encode", lambda of, batch, precision, *rest, **more: (seen.append(precision), None))
+    monkeypatch.setattr(train, "encode", lambda of, batch, precision, *rest, coarse=False: (
+        seen.append((precision, coarse)), None))
     monkeypatch.setattr(train, "momentum_keys", lambda *given: None)
     train.forward(None, SimpleNamespace(update=lambda model: None, encoder=None), {}, chosen, "bfloat16")
-    assert seen == ["bfloat16", "bfloat16"]
+    assert seen == [("bfloat16", False), ("bfloat16", True)]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_gradient_is_clipped_before_the_step(flags, monkeypatch):
+    """Adam hides its length, so look at the gradient that a step is given."""
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(optimizer, *given):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norms.append(math.sqrt(sum(w.grad.square().sum().item() for w in weights if w.grad is not None)))
+        return step(optimizer, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    assert train.main([*flags, "--epochs", "1", "--max-norm", "0.01"]) == 0
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+
+
+def test_each_step_has_the_gradient_of_its_own_batch_alone(flags, tmp_path, monkeypatch):
+    """Of a loss that is the sum of the weights, each gradient is 1, also in the second step and later."""
+    given, _ = cli.parse([*flags, "--epochs", "1", "--max-norm", "1000"])
+    run, seen = training.set_up(settings.make(given), tmp_path / "run", "cpu", quiet=True), []
+    monkeypatch.setattr(run, "finish_epoch", lambda: setattr(run, "epoch", 1))
+    monkeypatch.setattr(run, "after_step", lambda *given: seen.append(
+        {value for weight in run.model.parameters() for value in weight.grad.flatten().tolist()}) or True)
+    train.train(run, lambda model, *given: sum(weight.sum() for weight in model.parameters()))
+    assert seen == [{1.0}] * 4
+
+
+@pytest.mark.parametrize("model", ["tgdt", "user", "tgdt-user"])
+def test_the_copy_teaches_every_model(model, monkeypatch):
+    chosen = settings.make({"model": model, "infonce_weight": 1.0, "distill": 0.5, "queue": 0, "keep": "momentum"})
+    monkeypatch.setattr(train, "encode", lambda of, *given, **more: (of, of))
+    momentum = SimpleNamespace(update=lambda model: None, encoder="copy")
+    assert train.forward("model", momentum, {}, chosen, "float32") == ("model", "model", None, ("copy", "copy"))

@@ -301,3 +301,10 @@ def test_the_momentum_encoder_has_no_gradient_and_no_dropout():
     assert all(torch.equal(a, b) for a, b in zip(both(momentum.encoder, batch), both(momentum.encoder, batch),
                                                  strict=True))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_momentum_encoder_is_in_eval_mode_from_the_start():
+    """Also where the model is training when it is copied, as in a run."""
+    model = make_model().train()
+    assert not any(module.training for module in user.MomentumContrast(model, 8, 16).modules())
+    assert model.training and model.guide.dropout.training
