@@ -44,8 +44,9 @@ def test_two_trainings_do_not_share_a_folder(flags, tmp_path, capsys):
     out.mkdir()
     with FileLock(out / ".lock"):
         refused(train.main, flags, capsys, "another program is writing there")
-        refused(train.main, [*flags, "--resume"], capsys, "another program is writing there")
     assert train.main([*flags, "--epochs", "1"]) == 0 and not (out / ".lock").exists()
+    with FileLock(out / ".lock"):
+        refused(train.main, [*flags, "--resume"], capsys, "another program is writing there")
 
 
 def test_a_file_system_without_locks_is_named(flags, tmp_path, capsys, monkeypatch):
