@@ -212,8 +212,8 @@ def by_seed(rows: list[dict], budget: str, arm: str, search: str) -> dict[int, d
     nothing in its first epochs. If a seed has several such runs, the last one in the file counts.
     """
     found = [row for row in rows if (row["budget"], row["search"]) == (budget, search)]
-    shorter = re.compile(re.escape(arm) + "(, --epochs [0-9]+)?" * search.startswith("epoch "))
-    return {int(row["seed"]): row for row in found if shorter.fullmatch(row["arm"])}
+    wanted = re.compile(re.escape(arm) + "(, --epochs [0-9]+)?" * search.startswith("epoch "))
+    return {int(row["seed"]): row for row in found if wanted.fullmatch(row["arm"])}
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
